@@ -1,0 +1,1 @@
+//! `config.json`, kept whole, with typed reads that name the key.

@@ -1,0 +1,1 @@
+//! Bounded shards, index, write-then-rename.

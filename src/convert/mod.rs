@@ -1,0 +1,1 @@
+//! load → plan → swap → transfer → recover → merge → export → verify.
