@@ -1,1 +1,36 @@
-//! ops
+//! The operations under the mixers and the decoder, one file each.
+//!
+//! A file holds, in this order: formula and shapes; the plain tensor form, whose gradient is the oracle; the fast CPU
+//! form with its hand-written backward; tests. Every public function takes the fast form where it exists (f32 on the
+//! CPU) and the plain form elsewhere.
+//!
+//! Sequences are laid out `[batch, time, heads, dim]`, the layout projections produce, with queries, keys and values
+//! packed along the head axis: heads `0..H` are queries, then `Hkv` keys, then `Hkv` values.
+//!
+//! candle-nn's fused `softmax_last_dim`, `RmsNorm::forward`, `LayerNorm::forward` and `rope` have no gradient and give
+//! no error; nothing here or above uses them.
+
+#[cfg(test)]
+pub(crate) mod check;
+pub mod cpu;
+pub mod feature_map;
+pub mod head_loss;
+pub mod hybrid_attn;
+pub mod linear;
+pub mod loss;
+pub mod rms_norm;
+pub mod rope;
+pub mod softmax_attn;
+pub mod swiglu;
+
+use candle_core::{DType, Device, Tensor};
+
+/// Whether the fast CPU form of an op can run on this tensor.
+pub(crate) fn fast(x: &Tensor) -> bool {
+    matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
+}
+
+/// The precision plain forms compute in: at least f32.
+pub(crate) fn wide(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}

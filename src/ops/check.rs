@@ -1,0 +1,58 @@
+//! Fast form against plain form for the tests of this folder: outputs and gradients.
+//!
+//! Every op takes its plain form in f64, so the same call in f64 is the oracle of the call in f32.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Named hostile and ordinary inputs.
+pub const INPUTS: [&str; 4] = ["randn", "ones", "one_hot", "large"];
+
+/// A seeded f64 tensor of the named kind.
+pub fn input(kind: &str, shape: &[usize], seed: u64) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let count: usize = shape.iter().product();
+    let last = shape.last().copied().unwrap_or(1);
+    let normal = |rng: &mut ChaCha8Rng| (0..12).map(|_| rng.random::<f64>()).sum::<f64>() - 6.0;
+    let data: Vec<f64> = (0..count)
+        .map(|i| match kind {
+            "ones" => 1.0 + 1e-3 * normal(&mut rng), // exact ties have no single gradient
+            "one_hot" => (i % last == (i / last) % last) as u8 as f64 + 1e-3 * normal(&mut rng),
+            "large" => 8.0 * normal(&mut rng),
+            _ => normal(&mut rng),
+        })
+        .collect();
+    Tensor::from_vec(data, shape, &Device::Cpu).expect("sizes agree")
+}
+
+/// Runs `f` on `inputs` in f64 and f32 and compares its result and the gradients of a random linear function of it.
+pub fn check(what: &str, inputs: &[Tensor], tolerance: f64, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let run = |dtype: DType| -> Result<Vec<Tensor>> {
+        let vars = inputs.iter().map(|x| Var::from_tensor(&x.to_dtype(dtype)?)).collect::<Result<Vec<_>>>()?;
+        let y = f(&vars.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>())?;
+        let weights = input("randn", y.dims(), 99).to_dtype(y.dtype())?;
+        let grads = (&y * weights)?.sum_all()?.backward()?;
+        let mut out = vec![y];
+        for (i, v) in vars.iter().enumerate() {
+            out.push(grads.get(v).unwrap_or_else(|| panic!("{what}: input {i} has no gradient")).clone());
+        }
+        Ok(out)
+    };
+    let (oracle, fast) = (run(DType::F64).expect(what), run(DType::F32).expect(what));
+    for (i, (a, b)) in oracle.iter().zip(&fast).enumerate() {
+        let name = if i == 0 { "output".into() } else { format!("gradient of input {}", i - 1) };
+        close(&format!("{what}: {name}"), b, a, tolerance);
+    }
+}
+
+/// Every element of `x` within `tolerance` of `wanted`, relative to the largest wanted element.
+pub fn close(what: &str, x: &Tensor, wanted: &Tensor, tolerance: f64) {
+    let flat = |t: &Tensor| t.to_dtype(DType::F64).and_then(|t| t.flatten_all()?.to_vec1::<f64>()).expect(what);
+    assert_eq!(x.dims(), wanted.dims(), "{what}");
+    let (x, wanted) = (flat(x), flat(wanted));
+    let scale = wanted.iter().fold(1e-1f64, |m, v| m.max(v.abs()));
+    for (i, (a, b)) in x.iter().zip(&wanted).enumerate() {
+        assert!((a - b).abs() <= tolerance * scale, "{what}: element {i} is {a:e}, not {b:e} (scale {scale:e})");
+    }
+}

@@ -1,0 +1,270 @@
+//! Output head and loss in one op: logits are formed for a block of rows at a time and never kept.
+//!
+//! ```text
+//! z = h Wᵀ                                              h [M, N], W [V, N] frozen
+//! loss = Σ_i m_i (ce · -log softmax(z_i)[target_i] + kl · KL(softmax(z'_i) || softmax(z_i))) / Σ m
+//! ```
+//! with z' the teacher's logits from its own hidden state h' through the same head. The gradient with respect to h is
+//! computed in the same pass, block by block.
+
+use candle_core::{D, DType, Result, Tensor};
+use rayon::prelude::*;
+
+use super::{cpu, loss};
+
+/// What [`head_loss`] optimises and measures.
+pub struct Target<'a> {
+    /// [M] u32, the next token of each row.
+    pub tokens: &'a Tensor,
+    /// [M] f32, 0 where a row does not count.
+    pub mask: Option<&'a Tensor>,
+    /// [M, N], the teacher's final hidden state.
+    pub teacher: Option<&'a Tensor>,
+    pub ce_weight: f64,
+    pub kl_weight: f64,
+}
+
+/// Sums over the rows that count.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Sums {
+    pub rows: f64,
+    /// Negative log-likelihood of the targets, nats.
+    pub nll: f64,
+    /// KL(teacher || student), nats; 0 without a teacher.
+    pub kl: f64,
+    /// Rows where student and teacher agree on the most likely token.
+    pub agree: f64,
+    /// Negative log-likelihood under the teacher, nats.
+    pub teacher_nll: f64,
+}
+
+impl std::ops::AddAssign for Sums {
+    fn add_assign(&mut self, o: Sums) {
+        self.rows += o.rows;
+        self.nll += o.nll;
+        self.kl += o.kl;
+        self.agree += o.agree;
+        self.teacher_nll += o.teacher_nll;
+    }
+}
+
+/// Rows whose logits are in memory at once: near 64 MB of them.
+fn block_rows(vocab: usize) -> usize {
+    ((16 << 20) / vocab).clamp(16, 1024)
+}
+
+/// The loss (a scalar with gradient to `h`) and its parts.
+pub fn head_loss(h: &Tensor, head: &Tensor, target: &Target) -> Result<(Tensor, Sums)> {
+    let (value, sums, gradient) = run(&h.detach(), head, target, true)?;
+    let value = Tensor::new(value as f32, h.device())?.to_dtype(super::wide(h.dtype()))?;
+    let gradient = gradient.map_or_else(|| h.zeros_like(), Ok)?;
+    Ok((loss::with_gradient(h, value, gradient)?, sums))
+}
+
+/// The parts alone, no gradient.
+pub fn measure(h: &Tensor, head: &Tensor, target: &Target) -> Result<Sums> {
+    Ok(run(h, head, target, false)?.1)
+}
+
+fn run(h: &Tensor, head: &Tensor, target: &Target, with_gradient: bool) -> Result<(f64, Sums, Option<Tensor>)> {
+    let rows = h.dim(0)?;
+    let count = match target.mask {
+        Some(mask) => mask.sum_all()?.to_scalar::<f32>()? as f64,
+        None => rows as f64,
+    };
+    let per_row = 1.0 / count.max(1.0);
+    let (mut sums, mut gradients) = (Sums::default(), Vec::new());
+    let block = block_rows(head.dim(0)?);
+    for start in (0..rows).step_by(block) {
+        let n = block.min(rows - start);
+        let (mask, teacher) = (target.mask, target.teacher);
+        let mask = mask.map(|m| m.narrow(0, start, n)).transpose()?;
+        let teacher = teacher.map(|t| t.narrow(0, start, n)).transpose()?;
+        let tokens = target.tokens.narrow(0, start, n)?;
+        let part = Target { tokens: &tokens, mask: mask.as_ref(), teacher: teacher.as_ref(), ..*target };
+        let logits = h.narrow(0, start, n)?.matmul(&head.t()?)?;
+        let teacher = part.teacher.map(|t| t.matmul(&head.t()?)).transpose()?;
+        let (s, gradient) = if super::fast(h) {
+            fast_block(&logits, teacher.as_ref(), &part, per_row)?
+        } else {
+            plain_block(&logits, teacher.as_ref(), &part, per_row)?
+        };
+        sums += s;
+        if with_gradient {
+            gradients.push(gradient.to_dtype(h.dtype())?.matmul(head)?);
+        }
+    }
+    let value = per_row * (target.ce_weight * sums.nll + target.kl_weight * sums.kl);
+    let gradient = if gradients.is_empty() { None } else { Some(Tensor::cat(&gradients, 0)?) };
+    Ok((value, sums, gradient))
+}
+
+/// Sums and ∂loss/∂logits of one block, in plain tensor operations.
+fn plain_block(logits: &Tensor, teacher: Option<&Tensor>, target: &Target, per_row: f64) -> Result<(Sums, Tensor)> {
+    let log_softmax = |z: &Tensor| -> Result<Tensor> {
+        let z = z.to_dtype(super::wide(z.dtype()))?;
+        let z = z.broadcast_sub(&z.max_keepdim(D::Minus1)?)?;
+        z.broadcast_sub(&z.exp()?.sum_keepdim(D::Minus1)?.log()?)
+    };
+    let dtype = super::wide(logits.dtype());
+    let scalar = |x: Tensor| x.to_dtype(DType::F64)?.to_scalar::<f64>();
+    let tokens = target.tokens.unsqueeze(1)?;
+    let mask = match target.mask {
+        Some(mask) => mask.to_dtype(dtype)?,
+        None => Tensor::ones(logits.dim(0)?, dtype, logits.device())?,
+    };
+    let total = |x: &Tensor| scalar((x * &mask)?.sum_all()?);
+    let log_p = log_softmax(logits)?;
+    let p = log_p.exp()?;
+    let hot = Tensor::zeros(p.shape(), dtype, p.device())?;
+    let hot = hot.scatter_add(&tokens, &Tensor::ones(tokens.shape(), dtype, p.device())?, 1)?;
+    let mut sums = Sums { rows: scalar(mask.sum_all()?)?, ..Sums::default() };
+    sums.nll = -total(&log_p.gather(&tokens, 1)?.squeeze(1)?)?;
+    let mut gradient = ((&p - hot)? * target.ce_weight)?;
+    if let Some(teacher) = teacher {
+        let log_t = log_softmax(teacher)?;
+        let t = log_t.exp()?;
+        sums.kl = total(&(&t * (&log_t - &log_p)?)?.sum(1)?)?;
+        sums.teacher_nll = -total(&log_t.gather(&tokens, 1)?.squeeze(1)?)?;
+        sums.agree = total(&log_t.argmax(1)?.eq(&log_p.argmax(1)?)?.to_dtype(dtype)?)?;
+        gradient = (gradient + ((&p - t)? * target.kl_weight)?)?;
+    }
+    Ok((sums, (gradient.broadcast_mul(&mask.unsqueeze(1)?)? * per_row)?))
+}
+
+/// The same on f32 slices, one pass over each row.
+fn fast_block(logits: &Tensor, teacher: Option<&Tensor>, target: &Target, per_row: f64) -> Result<(Sums, Tensor)> {
+    let (rows, vocab) = logits.dims2()?;
+    let tokens = target.tokens.to_vec1::<u32>()?;
+    if let Some(bad) = tokens.iter().find(|t| **t as usize >= vocab) {
+        candle_core::bail!("target token {bad} is outside the vocabulary of {vocab}");
+    }
+    let mask = target.mask.map(|m| m.to_vec1::<f32>()).transpose()?;
+    let mut out = vec![0f32; rows * vocab];
+    let mut row_sums = vec![Sums::default(); rows];
+    let mut run = |z: &[f32], t: Option<&[f32]>| {
+        out.par_chunks_mut(vocab).zip(&mut row_sums).enumerate().for_each(|(i, (out, sums))| {
+            let m = mask.as_ref().map_or(1.0, |m| m[i]);
+            if m == 0.0 {
+                return;
+            }
+            let z = &z[i * vocab..(i + 1) * vocab];
+            let token = tokens[i] as usize;
+            cpu::vectorised(
+                #[inline(always)]
+                || {
+                    let top = cpu::max(z);
+                    for (p, z) in out.iter_mut().zip(z) {
+                        *p = cpu::exp(z - top);
+                    }
+                    let sum = cpu::sum(out);
+                    let log_sum = sum.ln() + top;
+                    let scale =
+                        (target.ce_weight + if t.is_some() { target.kl_weight } else { 0.0 }) * per_row * m as f64;
+                    let to_p = (scale / sum as f64) as f32;
+                    *sums = Sums { rows: m as f64, nll: (m * (log_sum - z[token])) as f64, ..Sums::default() };
+                    match t {
+                        None => out.iter_mut().for_each(|p| *p *= to_p),
+                        Some(t) => {
+                            let t = &t[i * vocab..(i + 1) * vocab];
+                            let top_t = cpu::max(t);
+                            let mut sum_t = 0f32;
+                            let mut cross = 0f32; // Σ e^t (t - z)
+                            const LANES: usize = 16;
+                            let (mut sums_t, mut crosses) = ([0f32; LANES], [0f32; LANES]);
+                            let whole = vocab / LANES * LANES;
+                            for j in (0..whole).step_by(LANES) {
+                                for l in 0..LANES {
+                                    let e = cpu::exp(t[j + l] - top_t);
+                                    sums_t[l] += e;
+                                    crosses[l] += e * (t[j + l] - z[j + l]);
+                                }
+                            }
+                            for j in whole..vocab {
+                                let e = cpu::exp(t[j] - top_t);
+                                sum_t += e;
+                                cross += e * (t[j] - z[j]);
+                            }
+                            sum_t += sums_t.iter().sum::<f32>();
+                            cross += crosses.iter().sum::<f32>();
+                            let log_sum_t = sum_t.ln() + top_t;
+                            let from_t = (target.kl_weight * per_row * m as f64 / sum_t as f64) as f32;
+                            for j in 0..vocab {
+                                out[j] = out[j] * to_p - cpu::exp(t[j] - top_t) * from_t;
+                            }
+                            sums.kl = (m * (cross / sum_t - log_sum_t + log_sum)) as f64;
+                            sums.teacher_nll = (m * (log_sum_t - t[token])) as f64;
+                            let first = |x: &[f32], top: f32| x.iter().position(|v| *v == top);
+                            sums.agree = if first(z, top) == first(t, top_t) { m as f64 } else { 0.0 };
+                        }
+                    }
+                    out[token] -= (target.ce_weight * per_row * m as f64) as f32;
+                },
+            );
+        });
+        Ok(())
+    };
+    cpu::with(logits, |z| match teacher {
+        Some(t) => cpu::with(t, |t| run(z, Some(t))),
+        None => run(z, None),
+    })?;
+    let mut sums = Sums::default();
+    row_sums.into_iter().for_each(|s| sums += s);
+    Ok((sums, Tensor::from_vec(out, (rows, vocab), logits.device())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{check, input};
+    use super::*;
+    use candle_core::Device;
+
+    /// The definition by autograd over whole logits.
+    fn oracle(h: &Tensor, head: &Tensor, target: &Target) -> Result<Tensor> {
+        let log_p = |z: Tensor| -> Result<Tensor> {
+            let z = z.broadcast_sub(&z.max_keepdim(1)?.detach())?;
+            z.broadcast_sub(&z.exp()?.sum_keepdim(1)?.log()?)
+        };
+        let p = log_p(h.matmul(&head.t()?)?)?;
+        let mut rows = (p.gather(&target.tokens.unsqueeze(1)?, 1)?.squeeze(1)? * -target.ce_weight)?;
+        if let Some(teacher) = target.teacher {
+            let t = log_p(teacher.matmul(&head.t()?)?)?;
+            rows = (rows + ((t.exp()? * (t - p)?)?.sum(1)? * target.kl_weight)?)?;
+        }
+        match target.mask {
+            Some(mask) => (rows * mask)?.sum_all()?.div(&mask.sum_all()?),
+            None => rows.mean_all(),
+        }
+    }
+
+    #[test]
+    fn fast_and_plain_equal_autograd() {
+        let (rows, width, vocab) = (37, 6, 50);
+        let tokens = Tensor::from_iter((0..rows as u32).map(|i| i * 7 % vocab), &Device::Cpu).unwrap();
+        let mask = Tensor::from_iter((0..rows).map(|i| (i % 3 != 0) as u8 as f64), &Device::Cpu).unwrap();
+        let (head, t) = (input("randn", &[vocab as usize, width], 2), input("randn", &[rows, width], 3));
+        for (masked, taught) in [(false, false), (true, false), (false, true), (true, true)] {
+            for plain in [false, true] {
+                check("head_loss", &[input("randn", &[rows, width], 1)], 5e-6, |x| {
+                    let dtype = x[0].dtype();
+                    let (mask, t, head) = (mask.to_dtype(dtype)?, t.to_dtype(dtype)?, head.to_dtype(dtype)?);
+                    let target = Target {
+                        tokens: &tokens,
+                        mask: masked.then_some(&mask),
+                        teacher: taught.then_some(&t),
+                        ce_weight: 0.7,
+                        kl_weight: 1.3,
+                    };
+                    match (dtype, plain) {
+                        (DType::F64, false) => oracle(&x[0], &head, &target),
+                        (DType::F32, true) => oracle(&x[0], &head, &target),
+                        _ => {
+                            let mask = mask.to_dtype(DType::F32)?;
+                            Ok(head_loss(&x[0], &head, &Target { mask: masked.then_some(&mask), ..target })?.0)
+                        }
+                    }
+                });
+            }
+        }
+    }
+}

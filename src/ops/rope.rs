@@ -1,0 +1,104 @@
+//! Rotary position embedding in the half-split layout, with a gradient.
+//!
+//! Pairs (x_d, x_{d + D/2}) of head dim D turn by `position * inverse_frequency[d]`. `x` [B, T, heads, D] packs queries,
+//! keys and values; only the first `rotated` heads turn.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::cpu;
+
+/// Cosines and sines [T, D / 2] of the positions of `x`.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Tensor> {
+    if !super::fast(x) {
+        return plain(x, cos, sin, rotated);
+    }
+    let op = Op { cos: cos.contiguous()?, sin: sin.contiguous()?, rotated, sign: 1.0 };
+    x.contiguous()?.apply_op1(op)
+}
+
+/// The definition in plain tensor operations.
+pub fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Tensor> {
+    let (_, time, heads, dim) = x.dims4()?;
+    let table = |t: &Tensor| t.to_dtype(x.dtype())?.reshape((1, time, 1, dim / 2));
+    let (cos, sin) = (table(cos)?, table(sin)?);
+    let turned = x.narrow(2, 0, rotated)?;
+    let (a, b) = (turned.narrow(3, 0, dim / 2)?, turned.narrow(3, dim / 2, dim / 2)?);
+    let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+    let turned = Tensor::cat(&[first, second], 3)?;
+    if rotated == heads {
+        return Ok(turned);
+    }
+    Tensor::cat(&[turned, x.narrow(2, rotated, heads - rotated)?], 2)
+}
+
+struct Op {
+    cos: Tensor,
+    sin: Tensor,
+    rotated: usize,
+    /// -1 turns back: the gradient.
+    sign: f32,
+}
+
+impl Op {
+    fn apply(&self, x: &[f32], shape: &Shape) -> Result<Vec<f32>> {
+        let (_, time, heads, dim) = shape.dims4()?;
+        let half = dim / 2;
+        let mut y = x.to_vec();
+        cpu::with(&self.cos, |cos| {
+            cpu::with(&self.sin, |sin| {
+                if cos.len() != time * half {
+                    candle_core::bail!("rotary table of {} elements for {time} positions of {half}", cos.len());
+                }
+                y.par_chunks_mut(heads * dim).enumerate().for_each(|(row, y)| {
+                    let t = row % time;
+                    let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
+                    for head in y[..self.rotated * dim].chunks_mut(dim) {
+                        let (a, b) = head.split_at_mut(half);
+                        for i in 0..half {
+                            let (x, y, s) = (a[i], b[i], sin[i] * self.sign);
+                            a[i] = x * cos[i] - y * s;
+                            b[i] = y * cos[i] + x * s;
+                        }
+                    }
+                });
+                Ok(())
+            })
+        })?;
+        Ok(y)
+    }
+}
+
+impl CustomOp1 for Op {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = self.apply(cpu::elements(x, layout)?, layout.shape())?;
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let back = Op { cos: self.cos.clone(), sin: self.sin.clone(), rotated: self.rotated, sign: -self.sign };
+        let dx = cpu::with(&grad.contiguous()?, |g| back.apply(g, x.shape()))?;
+        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{INPUTS, check, input};
+
+    #[test]
+    fn fast_equals_plain() {
+        let angle = input("large", &[37, 4], 3).to_dtype(candle_core::DType::F32).unwrap();
+        let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
+        for kind in INPUTS {
+            for rotated in [3, 5] {
+                check(kind, &[input(kind, &[2, 37, 5, 8], 1)], 2e-6, |x| super::rope(&x[0], &cos, &sin, rotated));
+            }
+        }
+    }
+}
