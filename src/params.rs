@@ -1,1 +1,154 @@
-//! params
+//! Named weights that train, and LoRA adapters on frozen ones.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::families::{Architecture, Projection};
+use crate::ops::linear::linear;
+
+/// One trainable tensor: f32 whatever the model's precision, because low-precision updates vanish.
+#[derive(Clone)]
+pub struct Param {
+    /// Name in the exported checkpoint.
+    pub name: String,
+    pub var: Var,
+    /// Gates, factors and other scalars, which may have a learning rate of their own.
+    pub scalar: bool,
+}
+
+/// How a new tensor starts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    Constant(f64),
+    /// Every matrix of the last two axes is the rectangular identity.
+    Identity,
+    /// U(-bound, bound); tensors of a layer with the same `stream` start alike.
+    Uniform { bound: f64, stream: u64 },
+}
+
+impl Init {
+    /// The start of a tensor of layer `layer`; the same seed gives the same values.
+    pub fn tensor(self, shape: &[usize], seed: u64, layer: usize) -> Result<Tensor> {
+        let count: usize = shape.iter().product();
+        let data: Vec<f32> = match self {
+            Init::Constant(value) => vec![value as f32; count],
+            Init::Identity => {
+                let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
+                (0..count).map(|i| ((i / cols) % rows == i % cols) as u8 as f32).collect()
+            }
+            Init::Uniform { bound, stream } => {
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                rng.set_stream((layer as u64) << 16 | stream);
+                (0..count).map(|_| rng.random_range(-bound..=bound) as f32).collect()
+            }
+        };
+        Tensor::from_vec(data, shape, &Device::Cpu)
+    }
+}
+
+/// LoRA on projections of the decoder: `y += scale * (x Aᵀ) Bᵀ`.
+pub struct Adapters {
+    /// (A [rank, in], B [out, rank]) by layer and projection.
+    pairs: BTreeMap<(usize, Projection), (Var, Var)>,
+    pub rank: usize,
+    pub alpha: f64,
+    pub dropout: f64,
+}
+
+impl Adapters {
+    /// A starts U(±1/√in), B at zero: the student starts unchanged.
+    pub fn new(
+        architecture: &Architecture,
+        targets: &[Projection],
+        settings: &crate::recipe::Lora,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut pairs = BTreeMap::new();
+        for layer in 0..architecture.layers {
+            for (n, target) in targets.iter().enumerate() {
+                let [out, inner] = architecture.shape(*target);
+                let init = Init::Uniform { bound: (inner as f64).powf(-0.5), stream: 0x100 + n as u64 };
+                let a = init.tensor(&[settings.rank, inner], seed, layer)?.to_device(device)?;
+                let b = Tensor::zeros((out, settings.rank), DType::F32, device)?;
+                pairs.insert((layer, *target), (Var::from_tensor(&a)?, Var::from_tensor(&b)?));
+            }
+        }
+        Ok(Adapters { pairs, rank: settings.rank, alpha: settings.alpha, dropout: settings.dropout })
+    }
+
+    fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+
+    /// What the adapter of a projection adds for input `x` [.., in], where there is one. `noise` seeds dropout.
+    pub fn apply(&self, layer: usize, p: Projection, x: &Tensor, noise: Option<u64>) -> Result<Option<Tensor>> {
+        let Some((a, b)) = self.pairs.get(&(layer, p)) else { return Ok(None) };
+        let mut shape = x.dims().to_vec();
+        let inner = shape.pop().unwrap_or(0);
+        let mut x = x.reshape((x.elem_count() / inner, inner))?;
+        if let Some(seed) = noise.filter(|_| self.dropout > 0.0) {
+            x = (&x * keep_mask(x.dims(), self.dropout, seed, (layer * 8 + p as usize) as u64, x.device())?)?;
+        }
+        let low = x.matmul(&a.to_dtype(x.dtype())?.t()?)?;
+        let y = (low.matmul(&b.to_dtype(x.dtype())?.t()?)? * self.scale())?;
+        shape.push(y.dim(1)?);
+        Ok(Some(y.reshape(shape)?))
+    }
+
+    /// `weight + scale * B A` in f32, cast once to the weight's own type; `None` where there is no adapter.
+    pub fn merged(&self, layer: usize, p: Projection, weight: &Tensor) -> Result<Option<Tensor>> {
+        let Some((a, b)) = self.pairs.get(&(layer, p)) else { return Ok(None) };
+        let change = (b.matmul(a.as_tensor())? * self.scale())?;
+        (weight.to_dtype(DType::F32)? + change)?.to_dtype(weight.dtype()).map(Some)
+    }
+
+    /// All A and B, by the names PEFT gives them.
+    pub fn params(&self) -> Vec<Param> {
+        let named = |((layer, p), (a, b)): (&(usize, Projection), &(Var, Var))| {
+            let module = format!("model.layers.{layer}.{}", p.path());
+            [("lora_A", a), ("lora_B", b)].map(|(side, var)| Param {
+                name: format!("{module}.{side}.weight"),
+                var: var.clone(),
+                scalar: false,
+            })
+        };
+        self.pairs.iter().flat_map(named).collect()
+    }
+
+    /// Layers and projections that carry an adapter.
+    pub fn targets(&self) -> impl Iterator<Item = (usize, Projection)> + '_ {
+        self.pairs.keys().copied()
+    }
+}
+
+/// 1 / (1 - p) where an element is kept, else 0; the same seed and stream give the same mask, so that recomputation in
+/// the backward pass sees what the forward pass saw.
+fn keep_mask(shape: &[usize], p: f64, seed: u64, stream: u64, device: &Device) -> Result<Tensor> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    let kept = (1.0 / (1.0 - p)) as f32;
+    let data: Vec<f32> =
+        (0..shape.iter().product()).map(|_| if rng.random::<f64>() < p { 0.0 } else { kept }).collect();
+    Tensor::from_vec(data, shape, device)
+}
+
+/// A frozen projection: `x Wᵀ + b`.
+pub struct Frozen {
+    /// [out, in]
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+}
+
+impl Frozen {
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let y = linear(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}

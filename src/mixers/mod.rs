@@ -1,1 +1,122 @@
+//! The attention of a layer: softmax, and what replaces it. One file per variant.
+//!
+//! **Adding a mixer**: `src/mixers/<name>.rs` with its recipe keys (`Config`), a [`Design`] for them and a [`Mixer`]; a
+//! variant of [`crate::recipe::Mixer`]; a row in [`REGISTRY`]; one recipe. The tests in `tests/mixers.rs` walk the
+//! registry, so they already run on it: the three forms agree, nothing looks ahead, every parameter has a gradient.
+
 pub mod lolcats;
+pub mod softmax;
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+
+use candle_core::{Result, Tensor};
+
+use crate::families::Architecture;
+use crate::ops::rope::rope;
+use crate::params::{Init, Param};
+
+/// Every mixer by its recipe name.
+pub const REGISTRY: &[MixerDef] = &[softmax::DEF, lolcats::DEF];
+
+/// One row of the registry.
+pub struct MixerDef {
+    /// `kind` in recipes.
+    pub name: &'static str,
+    pub about: &'static str,
+    /// The settings worth testing: every part and mode of the mixer at least once.
+    pub variants: fn() -> Vec<Box<dyn Design>>,
+}
+
+/// What a mixer is before it has weights: its recipe keys, resolved against a model.
+pub trait Design {
+    fn name(&self) -> &'static str;
+    /// Says why this model cannot be served, if so.
+    fn check(&self, architecture: &Architecture) -> std::result::Result<(), String>;
+    /// The tensors it adds to a layer.
+    fn specs(&self, architecture: &Architecture) -> Vec<Spec>;
+    /// The mixer with its tensors, in the order of `specs`.
+    fn build(&self, architecture: &Architecture, params: Vec<Param>) -> Box<dyn Mixer>;
+    /// Bytes of one sequence's state after `context` tokens, in one layer; keys and values take `element` bytes.
+    fn state_bytes(&self, architecture: &Architecture, context: usize, element: usize) -> usize;
+    /// Multiply-adds times two per token and layer beyond the projections: forward, at `seq_len`.
+    fn flops_per_token(&self, architecture: &Architecture, seq_len: usize) -> f64;
+}
+
+/// A tensor that a mixer adds.
+pub struct Spec {
+    /// Name under the layer's `self_attn`.
+    pub name: &'static str,
+    pub shape: Vec<usize>,
+    pub init: Init,
+    /// Gates, factors and other scalars.
+    pub scalar: bool,
+}
+
+/// The attention of one layer.
+pub trait Mixer: Send + Sync {
+    /// Whole sequence, linear in time and memory where the mixer is: training. [B, T, H, D]
+    fn forward(&self, x: &Heads) -> Result<Tensor>;
+    /// Whole sequence by the definition, T x T: the oracle. [B, T, H, D] and the normalised weights.
+    fn parallel(&self, x: &Heads) -> Result<(Tensor, Weights)>;
+    /// The tokens that follow those in the state, one or many: prefill and decoding. [B, T, H, D]
+    fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor>;
+    /// What it adds, by export name.
+    fn params(&self) -> &[Param];
+    /// Whether this is the teacher's own attention.
+    fn is_softmax(&self) -> bool {
+        false
+    }
+}
+
+/// Attention weights of [`Mixer::parallel`].
+pub struct Weights {
+    /// [B, H, T, T], rows sum to 1.
+    pub all: Tensor,
+    /// [T, T], 1 where a weight belongs to the softmax window; `None` where all do.
+    pub window: Option<Tensor>,
+}
+
+/// Queries, keys and values of some positions before position encoding, and the encoding to apply.
+pub struct Heads<'a> {
+    /// [B, T, H + 2 Hkv, D]
+    pub qkv: Tensor,
+    pub heads: usize,
+    pub kv_heads: usize,
+    /// [T, D / 2] for these positions.
+    pub cos: &'a Tensor,
+    pub sin: &'a Tensor,
+    rotated: OnceCell<Tensor>,
+}
+
+impl<'a> Heads<'a> {
+    pub fn new(qkv: Tensor, heads: usize, kv_heads: usize, cos: &'a Tensor, sin: &'a Tensor) -> Self {
+        Heads { qkv, heads, kv_heads, cos, sin, rotated: OnceCell::new() }
+    }
+
+    /// The same with queries and keys rotated; computed once.
+    pub fn rotated(&self) -> Result<&Tensor> {
+        if let Some(done) = self.rotated.get() {
+            return Ok(done);
+        }
+        let turned = rope(&self.qkv, self.cos, self.sin, self.heads + self.kv_heads)?;
+        Ok(self.rotated.get_or_init(|| turned))
+    }
+}
+
+/// What a mixer remembers of a sequence: named tensors that each mixer documents, and the tokens seen.
+#[derive(Default)]
+pub struct State {
+    pub seen: usize,
+    pub tensors: BTreeMap<&'static str, Tensor>,
+}
+
+impl State {
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.tensors.values().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+    }
+}
+
+/// Rows of a prefill handled at once, so that its weights stay small.
+pub(crate) const PIECE: usize = 128;

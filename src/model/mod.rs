@@ -1,1 +1,167 @@
-//! model
+//! The one decoder every family configures: embeddings, blocks, norm, head.
+//!
+//! Frozen weights live here once. A [`Net`] says what runs over them: the attention of every layer and, while
+//! recovering, LoRA adapters. The teacher is the net with `softmax` in every layer, the student another net over the
+//! same weights.
+
+mod block;
+
+use std::sync::Mutex;
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::families::{Architecture, Role};
+use crate::mixers::softmax::Softmax;
+use crate::mixers::{Design, Mixer, State};
+use crate::ops::rms_norm::rms_norm;
+use crate::params::Adapters;
+use crate::progress::Progress;
+
+pub use block::Block;
+
+/// Frozen weights of a model.
+pub struct Decoder {
+    pub architecture: Architecture,
+    pub device: Device,
+    pub dtype: DType,
+    /// [V, N]
+    embedding: Tensor,
+    final_norm: Tensor,
+    /// [V, N]
+    pub head: Tensor,
+    blocks: Vec<Block>,
+    tables: Mutex<Option<Tables>>,
+}
+
+/// Rotary tables [T, D / 2] in f32 of positions `start..start + T`.
+#[derive(Clone)]
+pub struct Tables {
+    start: usize,
+    pub cos: Tensor,
+    pub sin: Tensor,
+}
+
+/// What runs over the frozen weights.
+pub struct Net {
+    /// The attention of every layer.
+    pub mixers: Vec<Box<dyn Mixer>>,
+    pub adapters: Option<Adapters>,
+}
+
+impl Net {
+    /// The teacher: softmax everywhere.
+    pub fn teacher(architecture: &Architecture) -> Net {
+        let mixers = (0..architecture.layers).map(|_| Softmax.build(architecture, Vec::new())).collect();
+        Net { mixers, adapters: None }
+    }
+
+    /// An empty state for every layer.
+    pub fn states(&self) -> Vec<State> {
+        self.mixers.iter().map(|_| State::default()).collect()
+    }
+}
+
+impl Decoder {
+    /// Reads the tensors of a checkpoint, one at a time, onto a device.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        architecture: &Architecture,
+        dtype: DType,
+        device: &Device,
+        progress: &dyn Progress,
+    ) -> Result<Decoder> {
+        let a = architecture;
+        let tensors = a.tensors();
+        progress.begin("load", tensors.len() as u64, 0, "tensors");
+        let read = |role: Role| -> Result<Tensor> {
+            let name = a.name(role);
+            let shape = tensors.get(&name).map_or(&[][..], |(_, shape)| shape.as_slice());
+            let spelling = match role {
+                Role::Embedding if checkpoint.headers().tensors.contains_key(&name) => name,
+                Role::Embedding => a.name(Role::Head), // a tied model saved under its other name
+                _ => name,
+            };
+            progress.advance(1, "");
+            checkpoint.shaped(&spelling, shape, dtype, device)
+        };
+        let embedding = read(Role::Embedding)?;
+        let head = if a.tied { embedding.clone() } else { read(Role::Head)? };
+        let final_norm = read(Role::FinalNorm)?;
+        let blocks = (0..a.layers).map(|l| Block::load(a, l, &read)).collect::<Result<Vec<_>>>()?;
+        progress.end("");
+        Ok(Decoder {
+            architecture: a.clone(),
+            device: device.clone(),
+            dtype,
+            embedding,
+            final_norm,
+            head,
+            blocks,
+            tables: Mutex::new(None),
+        })
+    }
+
+    pub fn block(&self, layer: usize) -> &Block {
+        &self.blocks[layer]
+    }
+
+    /// Embeddings [B, T, N] of ids [B, T].
+    pub fn embed(&self, ids: &Tensor) -> TensorResult<Tensor> {
+        let (b, t) = ids.dims2()?;
+        self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, self.architecture.hidden))
+    }
+
+    pub fn final_norm(&self, x: &Tensor) -> TensorResult<Tensor> {
+        rms_norm(x, &self.final_norm, self.architecture.norm_eps)
+    }
+
+    /// Rotary tables of positions `start..start + length`.
+    pub fn tables(&self, start: usize, length: usize) -> TensorResult<Tables> {
+        let mut cached = self.tables.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(t) = &*cached
+            && t.start == start
+            && t.cos.dim(0)? == length
+        {
+            return Ok(t.clone());
+        }
+        let a = &self.architecture;
+        let frequencies = a.rope.inverse_frequencies(a.head_dim, start + length);
+        let angles = |f: fn(f64) -> f64| {
+            let cells = (start..start + length).flat_map(|p| frequencies.iter().map(move |w| f(p as f64 * w) as f32));
+            Tensor::from_vec(cells.collect::<Vec<_>>(), (length, a.head_dim / 2), &self.device)
+        };
+        let tables = Tables { start, cos: angles(f64::cos)?, sin: angles(f64::sin)? };
+        *cached = Some(tables.clone());
+        Ok(tables)
+    }
+
+    /// Normalised last hidden state [B, T, N] of whole sequences [B, T], without a state.
+    pub fn hidden(&self, ids: &Tensor, net: &Net) -> TensorResult<Tensor> {
+        let tables = self.tables(0, ids.dim(1)?)?;
+        let mut x = self.embed(ids)?;
+        for (block, mixer) in self.blocks.iter().zip(&net.mixers) {
+            x = block.forward(&x, mixer.as_ref(), &tables, net.adapters.as_ref(), None)?;
+        }
+        self.final_norm(&x)
+    }
+
+    /// The same for tokens that follow those in `states`: prefill and decoding.
+    pub fn extend(&self, ids: &Tensor, net: &Net, states: &mut [State]) -> TensorResult<Tensor> {
+        let seen = states.first().map_or(0, |s| s.seen);
+        let tables = self.tables(seen, ids.dim(1)?)?;
+        let mut x = self.embed(ids)?;
+        for ((block, mixer), state) in self.blocks.iter().zip(&net.mixers).zip(states) {
+            let heads = block.heads(&x, &tables, net.adapters.as_ref(), None)?;
+            let y = mixer.extend(&heads, state)?;
+            x = block.finish(&x, &y, net.adapters.as_ref(), None)?;
+        }
+        self.final_norm(&x)
+    }
+
+    /// Logits [.., V] in f32 of normalised hidden states [.., N].
+    pub fn logits(&self, hidden: &Tensor) -> TensorResult<Tensor> {
+        crate::ops::linear::linear(hidden, &self.head)?.to_dtype(DType::F32)
+    }
+}

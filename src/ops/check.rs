@@ -40,19 +40,27 @@ pub fn check(what: &str, inputs: &[Tensor], tolerance: f64, f: impl Fn(&[Tensor]
         Ok(out)
     };
     let (oracle, fast) = (run(DType::F64).expect(what), run(DType::F32).expect(what));
+    // Where terms cancel to nearly nothing, rounding is relative to the terms: a tenth of the largest input.
+    let size = inputs.iter().map(largest).fold(1e-6, f64::max) * 0.1;
     for (i, (a, b)) in oracle.iter().zip(&fast).enumerate() {
         let name = if i == 0 { "output".into() } else { format!("gradient of input {}", i - 1) };
-        close(&format!("{what}: {name}"), b, a, tolerance);
+        close(&format!("{what}: {name}"), b, a, tolerance, size);
     }
 }
 
-/// Every element of `x` within `tolerance` of `wanted`, relative to the largest wanted element.
-pub fn close(what: &str, x: &Tensor, wanted: &Tensor, tolerance: f64) {
-    let flat = |t: &Tensor| t.to_dtype(DType::F64).and_then(|t| t.flatten_all()?.to_vec1::<f64>()).expect(what);
+/// Every element of `x` within `tolerance` of `wanted`, relative to the largest wanted element or to `size`.
+fn close(what: &str, x: &Tensor, wanted: &Tensor, tolerance: f64, size: f64) {
     assert_eq!(x.dims(), wanted.dims(), "{what}");
-    let (x, wanted) = (flat(x), flat(wanted));
-    let scale = wanted.iter().fold(1e-1f64, |m, v| m.max(v.abs()));
-    for (i, (a, b)) in x.iter().zip(&wanted).enumerate() {
+    let scale = largest(wanted).max(size);
+    for (i, (a, b)) in flat(x).iter().zip(&flat(wanted)).enumerate() {
         assert!((a - b).abs() <= tolerance * scale, "{what}: element {i} is {a:e}, not {b:e} (scale {scale:e})");
     }
+}
+
+fn flat(x: &Tensor) -> Vec<f64> {
+    x.to_dtype(DType::F64).and_then(|t| t.flatten_all()?.to_vec1::<f64>()).expect("a tensor of floats")
+}
+
+fn largest(x: &Tensor) -> f64 {
+    flat(x).iter().fold(0f64, |m, v| m.max(v.abs()))
 }

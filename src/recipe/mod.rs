@@ -341,6 +341,15 @@ impl Default for Verify {
     }
 }
 
+impl Mixer {
+    /// The mixer's own view of its keys.
+    pub fn design(&self) -> &dyn crate::mixers::Design {
+        match self {
+            Mixer::Lolcats(config) => config,
+        }
+    }
+}
+
 impl Recipe {
     /// The layers of a model of `count` layers that are converted, ascending; layers out of range are an error text.
     pub fn converted(&self, count: usize) -> Result<Vec<usize>, String> {

@@ -1,1 +1,237 @@
-//! train
+//! What transfer and recovery share: the loop over batches with accumulation, clipping, evaluation, best weights and
+//! resume.
+//!
+//! The step number alone decides the batch, the dropout masks and the learning rate of constant and cosine schedules;
+//! with the saved weights, moments and scheduler a resumed run repeats the bits of an uninterrupted one.
+
+pub mod adamw;
+pub mod schedule;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::data::{Batch, Split};
+use crate::error::{Error, Kind, Result};
+use crate::params::Param;
+use crate::progress::{self, Progress};
+use crate::recipe::{Optimizer, Schedule};
+use crate::run_dir::RunDir;
+
+use adamw::AdamW;
+use schedule::Rate;
+
+/// What a stage does with a batch.
+pub trait Task {
+    /// Everything that trains.
+    fn params(&self) -> Vec<Param>;
+    /// Learning rate of a parameter at peak.
+    fn peak_lr(&self, param: &Param) -> f64;
+    /// Adds `share` times the gradient of the batch's loss to `grads` (one slot per parameter) and gives the losses of
+    /// its parts (layers, or the whole model).
+    fn gradients(&mut self, batch: &Batch, step: u64, share: f64, grads: &mut Grads) -> Result<Vec<f64>>;
+    /// Losses of the parts on validation data.
+    fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>>;
+    /// The part a parameter belongs to: best weights are kept per part, since parts that share no parameter improve on
+    /// their own.
+    fn part(&self, param: usize) -> usize;
+    /// Name of a part in messages and logs.
+    fn part_name(&self, part: usize) -> String;
+}
+
+/// Sums of gradients, one per parameter.
+pub struct Grads(pub Vec<Option<Tensor>>);
+
+impl Grads {
+    /// Adds `share * gradient` to a slot.
+    pub fn add(&mut self, slot: usize, gradient: &Tensor, share: f64) -> Result<()> {
+        let gradient = (gradient.to_dtype(DType::F32)? * share)?;
+        self.0[slot] = Some(match &self.0[slot] {
+            Some(sum) => (sum + gradient)?,
+            None => gradient,
+        });
+        Ok(())
+    }
+}
+
+/// The numbers of one stage.
+pub struct Settings<'a> {
+    pub stage: &'static str,
+    /// Optimiser steps in all.
+    pub steps: u64,
+    /// Sequences per step, and at once.
+    pub batch: usize,
+    pub micro_batch: usize,
+    pub optimizer: &'a Optimizer,
+    pub schedule: &'a Schedule,
+    pub eval_every: usize,
+    /// Peak learning rate of the stage.
+    pub lr: f64,
+    pub seed: u64,
+}
+
+/// What a stage reached.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Outcome {
+    pub steps: u64,
+    pub tokens: u64,
+    /// Validation losses of the parts: before, best, and the step of the best.
+    pub first: Vec<f64>,
+    pub best: Vec<f64>,
+    pub best_step: Vec<u64>,
+    /// Training time over all runs of the stage, seconds.
+    pub seconds: f64,
+}
+
+/// The part of the loop's state that is not a tensor.
+#[derive(Serialize, Deserialize)]
+struct Position {
+    outcome: Outcome,
+    rate: Rate,
+}
+
+/// Seconds between saves.
+const SAVE_EVERY: Duration = Duration::from_secs(10);
+
+/// Trains `task` to its last step and leaves the best weights in its parameters.
+pub fn run(
+    task: &mut dyn Task,
+    settings: &Settings,
+    train: &Split,
+    valid: &Split,
+    run_dir: &mut RunDir,
+    progress: &dyn Progress,
+) -> Result<Outcome> {
+    let params = task.params();
+    let stage = settings.stage;
+    let mut optimizer = AdamW::new(&params, settings.optimizer)?;
+    let peaks: Vec<f64> = params.iter().map(|p| task.peak_lr(p)).collect();
+    let mut best: Vec<Tensor> = params.iter().map(|p| p.var.copy()).collect::<candle_core::Result<_>>()?;
+    let (mut step, mut position) = match run_dir.load_state(stage, progress)? {
+        Some(saved) => {
+            let read = |group: &str, i: usize| {
+                let name = format!("{group}.{}", params[i].name);
+                saved.tensors.get(&name).cloned().ok_or_else(|| {
+                    Error::new(Kind::Output, format!("saved state of stage `{stage}` lacks `{name}`"))
+                        .hint("start again with --restart")
+                })
+            };
+            for (i, param) in params.iter().enumerate() {
+                let device = param.var.device();
+                param.var.set(&read("param", i)?.to_device(device)?)?;
+                best[i] = read("best", i)?.to_device(device)?;
+                optimizer.restore(i, &read("m", i)?.to_device(device)?, &read("v", i)?.to_device(device)?)?;
+            }
+            let position: Position = serde_json::from_value(saved.state).map_err(|e| {
+                Error::new(Kind::Output, format!("saved state of stage `{stage}` cannot be read: {e}"))
+                    .hint("start again with --restart")
+            })?;
+            optimizer.steps = saved.step;
+            (saved.step, position)
+        }
+        None => {
+            let first = task.evaluate(valid)?;
+            check_finite(task, stage, 0, "validation loss", &first)?;
+            run_dir.append_log(&json!({"stage": stage, "step": 0, "valid": first}))?;
+            let outcome = Outcome {
+                best_step: vec![0; first.len()],
+                best: first.clone(),
+                first,
+                ..Outcome::default()
+            };
+            (0, Position { outcome, rate: Rate::new(settings.schedule, settings.steps, settings.lr) })
+        }
+    };
+    run_dir.truncate_log(stage, step)?;
+
+    let tokens = (settings.batch * train.seq_len()) as u64;
+    progress.begin(stage, settings.steps * tokens, step * tokens, "tokens");
+    let mut saved_at = Instant::now();
+    while step < settings.steps {
+        let started = Instant::now();
+        let rows = train.draw(settings.seed, step * settings.batch as u64, settings.batch);
+        let mut grads = Grads(vec![None; params.len()]);
+        let mut losses: Vec<f64> = Vec::new();
+        for part in rows.chunks(settings.micro_batch) {
+            let share = part.len() as f64 / settings.batch as f64;
+            let batch = train.batch(part, params_device(&params))?;
+            let micro = task.gradients(&batch, step, share, &mut grads)?;
+            check_finite(task, stage, step + 1, "loss", &micro)?;
+            losses.resize(micro.len(), 0.0);
+            losses.iter_mut().zip(&micro).for_each(|(sum, loss)| *sum += share * loss);
+        }
+        let lr = position.rate.at(step);
+        let norm = optimizer.update(&params, &grads.0, lr, &peaks).map_err(|bad| bad.at(stage, step + 1))?;
+        step += 1;
+        position.outcome.seconds += started.elapsed().as_secs_f64();
+        position.outcome.steps = step;
+        position.outcome.tokens = step * tokens;
+        let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
+        run_dir.append_log(&json!({"stage": stage, "step": step, "loss": loss, "losses": losses, "lr": lr, "grad_norm": norm}))?;
+        progress.advance(tokens, &format!("loss {loss:.4}"));
+
+        if step.is_multiple_of(settings.eval_every.max(1) as u64) || step == settings.steps {
+            let valid = task.evaluate(valid)?;
+            check_finite(task, stage, step, "validation loss", &valid)?;
+            run_dir.append_log(&json!({"stage": stage, "step": step, "valid": valid}))?;
+            let outcome = &mut position.outcome;
+            for (part, loss) in valid.iter().enumerate().filter(|(part, loss)| **loss < outcome.best[*part]) {
+                outcome.best[part] = *loss;
+                outcome.best_step[part] = step;
+                for (i, param) in params.iter().enumerate().filter(|(i, _)| task.part(*i) == part) {
+                    best[i] = param.var.copy()?;
+                }
+            }
+            position.rate.observe(valid.iter().sum::<f64>() / valid.len().max(1) as f64);
+        }
+        let stop = progress::stop_requested();
+        if stop || saved_at.elapsed() >= SAVE_EVERY || step == settings.steps {
+            let mut tensors = BTreeMap::new();
+            for (i, param) in params.iter().enumerate() {
+                let (m, v) = optimizer.moments(i);
+                tensors.insert(format!("param.{}", param.name), param.var.as_tensor().clone());
+                tensors.insert(format!("best.{}", param.name), best[i].clone());
+                tensors.insert(format!("m.{}", param.name), m.clone());
+                tensors.insert(format!("v.{}", param.name), v.clone());
+            }
+            let state = serde_json::to_value(&position).map_err(|e| Error::new(Kind::Unexpected, e.to_string()))?;
+            run_dir.save_state(stage, step, &tensors, &state)?;
+            saved_at = Instant::now();
+        }
+        if stop && step < settings.steps {
+            let message = format!("stopped in stage `{stage}` after step {step} of {}; progress is saved", settings.steps);
+            return Err(Error::new(Kind::Interrupted, message).hint("the same command continues from here"));
+        }
+    }
+    for (param, best) in params.iter().zip(&best) {
+        param.var.set(best)?;
+    }
+    progress.end(&summary(&position.outcome));
+    Ok(position.outcome)
+}
+
+fn summary(outcome: &Outcome) -> String {
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len().max(1) as f64;
+    let time = progress::duration(Duration::from_secs_f64(outcome.seconds));
+    let rate = outcome.tokens as f64 / outcome.seconds.max(1e-9);
+    let (first, best) = (mean(&outcome.first), mean(&outcome.best));
+    format!("validation loss {first:.4} → {best:.4} in {time}, {rate:.0} tokens/s")
+}
+
+fn params_device(params: &[Param]) -> &candle_core::Device {
+    params.first().map_or(&candle_core::Device::Cpu, |p| p.var.device())
+}
+
+fn check_finite(task: &dyn Task, stage: &str, step: u64, what: &str, losses: &[f64]) -> Result<()> {
+    match losses.iter().position(|l| !l.is_finite()) {
+        None => Ok(()),
+        Some(part) => {
+            let message = format!("{what} of {} is {} at step {step} of stage `{stage}`", task.part_name(part), losses[part]);
+            Err(Error::new(Kind::Training, message)
+                .hint(format!("lower `{stage}.lr` or set `{stage}.optimizer.clip`; the last good checkpoint is kept")))
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! A model to work on: checkpoint, family, fate of every tensor; and the net a converted model describes.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Var};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::config::Config;
+use crate::checkpoint::{Checkpoint, Headers};
+use crate::error::{Error, Kind, Result};
+use crate::families::{self, Architecture, Claim, Family};
+use crate::mixers::softmax::Softmax;
+use crate::mixers::{Design, Mixer};
+use crate::model::{Decoder, Net};
+use crate::params::Param;
+use crate::progress::Progress;
+use crate::recipe;
+
+/// The `linearization` object of an exported `config.json`: what turns the base model into the converted one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Linearization {
+    pub format_version: u32,
+    /// What the base model's `config.json` said.
+    pub base_model_type: String,
+    pub base_architectures: Vec<String>,
+    /// Layers whose attention was replaced; the others are softmax.
+    pub layers: Vec<usize>,
+    pub mixer: recipe::Mixer,
+    /// The model it came from and its commit.
+    pub teacher: String,
+    pub teacher_revision: Option<String>,
+}
+
+impl Linearization {
+    pub const FORMAT: u32 = 1;
+
+    /// The object of a converted model, `None` for an ordinary one.
+    pub fn of(config: &Config) -> Result<Option<Self>> {
+        let Some(value) = config.get("linearization") else { return Ok(None) };
+        let found: Self = serde_json::from_value(value.clone()).map_err(|e| {
+            Error::new(Kind::Config, format!("{}: `linearization` cannot be read: {e}", config.file()))
+                .hint("written by another version? `margay doctor` prints this one")
+        })?;
+        if found.format_version > Self::FORMAT {
+            let version = found.format_version;
+            let message = format!("{}: format version {version} is newer than this program reads", config.file());
+            return Err(Error::new(Kind::Config, message).hint("update margay"));
+        }
+        Ok(Some(found))
+    }
+
+    /// Name and shape of every tensor the mixers add.
+    pub fn tensors(&self, architecture: &Architecture) -> BTreeMap<String, Vec<usize>> {
+        let specs = |layer: &usize| {
+            let layer = *layer;
+            let specs = self.mixer.design().specs(architecture);
+            specs.into_iter().map(move |s| (tensor_name(layer, s.name), s.shape)).collect::<Vec<_>>()
+        };
+        self.layers.iter().flat_map(specs).collect()
+    }
+}
+
+/// Checkpoint name of a mixer's tensor.
+pub fn tensor_name(layer: usize, suffix: &str) -> String {
+    format!("model.layers.{layer}.self_attn.{suffix}")
+}
+
+/// What is known of a model before its weights are read.
+pub struct Description {
+    pub family: &'static Family,
+    pub architecture: Architecture,
+    /// Fate of every tensor of the base model.
+    pub claims: BTreeMap<String, Claim>,
+    pub linearization: Option<Linearization>,
+}
+
+impl Description {
+    /// Claims every tensor; one that is missing, misshapen or unknown is an error.
+    pub fn of(headers: &Headers) -> Result<Self> {
+        let linearization = Linearization::of(&headers.config)?;
+        let (family, architecture) = match &linearization {
+            Some(l) => families::named(&headers.config, &l.base_architectures)?,
+            None => families::of(&headers.config)?,
+        };
+        let added = linearization.as_ref().map(|l| l.tensors(&architecture)).unwrap_or_default();
+        if let Some(layer) =
+            linearization.iter().flat_map(|l| &l.layers).find(|layer| **layer >= architecture.layers)
+        {
+            let message = format!("{}: `linearization.layers` names layer {layer}", headers.config.file());
+            return Err(Error::new(Kind::Config, message).hint(format!("the model has {} layers", architecture.layers)));
+        }
+        let claims = families::claim(headers, family, &architecture, &added)?;
+        Ok(Description { family, architecture, claims, linearization })
+    }
+}
+
+/// A model on disk, opened and understood.
+pub struct Model {
+    pub checkpoint: Checkpoint,
+    pub description: Description,
+}
+
+impl Model {
+    /// Opens a folder or a hub id.
+    pub fn open(model: &str, progress: &dyn Progress) -> Result<Self> {
+        let checkpoint = Checkpoint::load(model, progress)?;
+        let description = Description::of(checkpoint.headers())?;
+        Ok(Model { checkpoint, description })
+    }
+
+    pub fn architecture(&self) -> &Architecture {
+        &self.description.architecture
+    }
+
+    /// The frozen weights on a device.
+    pub fn decoder(&self, device: &Device, progress: &dyn Progress) -> Result<Decoder> {
+        Decoder::load(&self.checkpoint, self.architecture(), compute_dtype(device), device, progress)
+    }
+
+    /// The net this checkpoint describes: softmax everywhere, or the mixers of a converted model with their tensors.
+    pub fn net(&self, device: &Device) -> Result<Net> {
+        let a = self.architecture();
+        let Some(l) = &self.description.linearization else { return Ok(Net::teacher(a)) };
+        let design = l.mixer.design();
+        let mixer = |layer: usize| -> Result<Box<dyn Mixer>> {
+            if !l.layers.contains(&layer) {
+                return Ok(Softmax.build(a, Vec::new()));
+            }
+            let read = |spec: crate::mixers::Spec| -> Result<Param> {
+                let name = tensor_name(layer, spec.name);
+                let tensor = self.checkpoint.shaped(&name, &spec.shape, DType::F32, device)?;
+                Ok(Param { name, var: Var::from_tensor(&tensor)?, scalar: spec.scalar })
+            };
+            let params = design.specs(a).into_iter().map(read).collect::<Result<Vec<_>>>()?;
+            Ok(design.build(a, params))
+        };
+        Ok(Net { mixers: (0..a.layers).map(mixer).collect::<Result<_>>()?, adapters: None })
+    }
+}
+
+/// Frozen weights and activations: f32 on the CPU, bf16 on a GPU.
+pub fn compute_dtype(device: &Device) -> DType {
+    if device.is_cpu() { DType::F32 } else { DType::BF16 }
+}

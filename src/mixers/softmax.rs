@@ -1,0 +1,129 @@
+//! The teacher's attention, and that of layers that are kept.
+//!
+//! State: `k` and `v` [B, capacity, Hkv, D], grown by doubling and rotated at their own positions; with a sliding window
+//! the last `window` keys only.
+
+use candle_core::{Result, Tensor};
+
+use super::{Design, Heads, Mixer, MixerDef, PIECE, Spec, State, Weights};
+use crate::families::Architecture;
+use crate::ops::softmax_attn::{SoftmaxAttn, causal_mask, repeat_kv, softmax};
+use crate::params::Param;
+
+pub const DEF: MixerDef = MixerDef {
+    name: "softmax",
+    about: "the teacher's own attention, for layers that are kept",
+    variants: || vec![Box::new(Softmax)],
+};
+
+/// Softmax attention as the family defines it; it adds nothing.
+pub struct Softmax;
+
+impl Design for Softmax {
+    fn name(&self) -> &'static str {
+        DEF.name
+    }
+
+    fn check(&self, _: &Architecture) -> std::result::Result<(), String> {
+        Ok(())
+    }
+
+    fn specs(&self, _: &Architecture) -> Vec<Spec> {
+        Vec::new()
+    }
+
+    fn build(&self, a: &Architecture, _: Vec<Param>) -> Box<dyn Mixer> {
+        Box::new(SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window: a.window })
+    }
+
+    fn state_bytes(&self, a: &Architecture, context: usize, element: usize) -> usize {
+        2 * a.window.map_or(context, |w| w.min(context)) * a.kv_heads * a.head_dim * element
+    }
+
+    fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {
+        let keys = a.window.map_or(seq_len as f64 / 2.0, |w| (w as f64).min(seq_len as f64 / 2.0));
+        4.0 * keys * (a.heads * a.head_dim) as f64
+    }
+}
+
+impl Mixer for SoftmaxAttn {
+    fn forward(&self, x: &Heads) -> Result<Tensor> {
+        SoftmaxAttn::forward(self, x.rotated()?)
+    }
+
+    fn parallel(&self, x: &Heads) -> Result<(Tensor, Weights)> {
+        let (y, all) = SoftmaxAttn::parallel(self, x.rotated()?)?;
+        Ok((y, Weights { all, window: None }))
+    }
+
+    fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor> {
+        let qkv = x.rotated()?;
+        let time = qkv.dim(1)?;
+        let pieces = (0..time).step_by(PIECE).map(|from| {
+            let piece = qkv.narrow(1, from, PIECE.min(time - from))?;
+            self.piece(&piece, state)
+        });
+        Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 1)
+    }
+
+    fn params(&self) -> &[Param] {
+        &[]
+    }
+
+    fn is_softmax(&self) -> bool {
+        true
+    }
+}
+
+impl SoftmaxAttn {
+    fn piece(&self, qkv: &Tensor, state: &mut State) -> Result<Tensor> {
+        let (_, n, _, dim) = qkv.dims4()?;
+        let (h, g) = (self.heads, self.kv_heads);
+        let kept = match self.window {
+            Some(w) => state.seen.min(w - 1),
+            None => state.seen,
+        };
+        let k = self.append(state, "k", &qkv.narrow(2, h, g)?, kept)?; // [B, kept + n, Hkv, D]
+        let v = self.append(state, "v", &qkv.narrow(2, h + g, g)?, kept)?;
+        let total = kept + n;
+        let heads = |x: &Tensor| repeat_kv(&x.transpose(1, 2)?.contiguous()?, h / g);
+        let q = qkv.narrow(2, 0, h)?.transpose(1, 2)?.contiguous()?; // [B, H, n, D]
+        let scores = (q.matmul(&heads(&k)?.t()?)? * (dim as f64).powf(-0.5))?;
+        let mask = causal_mask(n, total, self.window, qkv.device())?.to_dtype(qkv.dtype())?;
+        let y = softmax(&scores.broadcast_add(&mask)?)?.matmul(&heads(&v)?)?;
+        state.seen += n;
+        y.transpose(1, 2)?.contiguous()
+    }
+
+    /// Puts `new` [B, n, ..] behind the last `kept` rows of a cache and gives the rows in use. A cache that only grows
+    /// is written in place in a buffer that doubles; one that slides is copied, which costs no more than reading it.
+    fn append(&self, state: &mut State, name: &'static str, new: &Tensor, kept: usize) -> Result<Tensor> {
+        let n = new.dim(1)?;
+        let new = new.contiguous()?;
+        let old = state.tensors.remove(name).filter(|_| kept > 0);
+        let (buffer, used) = match old {
+            Some(old) if self.window.is_some() => {
+                let all = Tensor::cat(&[&old.narrow(1, old.dim(1)? - kept, kept)?, &new], 1)?;
+                (all.clone(), all)
+            }
+            old => {
+                let buffer = match old {
+                    Some(buffer) if buffer.dim(1)? >= kept + n => buffer,
+                    old => {
+                        let mut shape = new.dims().to_vec();
+                        shape[1] = (2 * kept).max(kept + n);
+                        let grown = Tensor::zeros(shape, new.dtype(), new.device())?;
+                        if let Some(old) = old {
+                            grown.slice_set(&old.narrow(1, 0, kept)?.contiguous()?, 1, 0)?;
+                        }
+                        grown
+                    }
+                };
+                buffer.slice_set(&new, 1, kept)?;
+                (buffer.clone(), buffer.narrow(1, 0, kept + n)?)
+            }
+        };
+        state.tensors.insert(name, buffer);
+        Ok(used)
+    }
+}

@@ -1,0 +1,91 @@
+//! How the learning rate moves, as a factor of its peak.
+
+use serde::{Deserialize, Serialize};
+
+use crate::recipe::Schedule;
+
+/// A schedule with its memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Rate {
+    schedule: Schedule,
+    steps: u64,
+    /// Peak learning rate.
+    peak: f64,
+    /// Plateau: factor reached, best validation loss, evaluations without improvement since.
+    factor: f64,
+    best: Option<f64>,
+    flat: usize,
+}
+
+/// Relative improvement below which an evaluation counts as flat.
+const THRESHOLD: f64 = 1e-4;
+
+impl Rate {
+    pub fn new(schedule: &Schedule, steps: u64, peak: f64) -> Self {
+        Rate { schedule: schedule.clone(), steps, peak, factor: 1.0, best: None, flat: 0 }
+    }
+
+    /// Factor of the update that follows `step` finished ones.
+    pub fn at(&self, step: u64) -> f64 {
+        let warmup = match self.schedule {
+            Schedule::Constant { warmup } | Schedule::Cosine { warmup, .. } | Schedule::Plateau { warmup, .. } => warmup,
+        };
+        let rise = (warmup * self.steps as f64).round();
+        if (step as f64) < rise {
+            return (step + 1) as f64 / rise;
+        }
+        match self.schedule {
+            Schedule::Constant { .. } => 1.0,
+            Schedule::Plateau { .. } => self.factor,
+            Schedule::Cosine { floor, .. } => {
+                let done = (step as f64 - rise) / (self.steps as f64 - rise).max(1.0);
+                floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+            }
+        }
+    }
+
+    /// Takes note of a validation loss. The plateau rule is PyTorch's `ReduceLROnPlateau` with a relative threshold of
+    /// 1e-4 and no cooldown.
+    pub fn observe(&mut self, loss: f64) {
+        let Schedule::Plateau { factor, patience, min_lr, .. } = self.schedule else { return };
+        if self.best.is_none_or(|best| loss < best * (1.0 - THRESHOLD)) {
+            self.best = Some(loss);
+            self.flat = 0;
+            return;
+        }
+        self.flat += 1;
+        if self.flat > patience {
+            self.factor = (self.factor * factor).max((min_lr / self.peak).min(1.0));
+            self.flat = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plateau_drops_on_the_twelfth_flat_evaluation_counted_from_the_best() {
+        let mut rate = Rate::new(&Schedule::plateau(), 1000, 1e-2);
+        rate.observe(1.0);
+        let drops: Vec<bool> = (0..24)
+            .map(|_| {
+                let before = rate.factor;
+                rate.observe(1.0);
+                rate.factor < before
+            })
+            .collect();
+        // The first of the twelve is the one that set the best.
+        assert_eq!(drops.iter().position(|d| *d), Some(10));
+        assert_eq!(drops.iter().filter(|d| **d).count(), 2);
+    }
+
+    #[test]
+    fn cosine_rises_and_falls() {
+        let rate = Rate::new(&Schedule::Cosine { warmup: 0.1, floor: 0.1 }, 100, 1.0);
+        assert!((rate.at(0) - 0.1).abs() < 1e-12);
+        assert!((rate.at(10) - 1.0).abs() < 1e-12);
+        assert!(rate.at(99) < 0.11 && rate.at(99) >= 0.1);
+    }
+}
