@@ -1,1 +1,105 @@
-//! generate
+//! Recurrent decoding: one token at a time from the state of each layer, greedy or sampled.
+
+use candle_core::{DType, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::error::Result;
+use crate::evaluate::Subject;
+
+/// How the next token is chosen.
+pub struct Sampler {
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Only the most likely tokens that together reach this probability are drawn from.
+    pub top_p: f64,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    pub fn new(temperature: f64, top_p: f64, seed: u64) -> Self {
+        Sampler { temperature, top_p, rng: ChaCha8Rng::seed_from_u64(seed) }
+    }
+
+    pub fn greedy() -> Self {
+        Sampler::new(0.0, 1.0, 0)
+    }
+
+    /// Chooses from logits [V].
+    pub fn choose(&mut self, logits: &[f32]) -> u32 {
+        let best = |a: &(usize, f32), b: &(usize, f32)| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0));
+        let (top, largest) = logits.iter().copied().enumerate().max_by(best).unwrap_or((0, 0.0));
+        if self.temperature <= 0.0 {
+            return top as u32;
+        }
+        let weight = |z: f32| ((z - largest) as f64 / self.temperature).exp();
+        let mut tokens: Vec<(usize, f64)> = logits.iter().map(|z| weight(*z)).enumerate().collect();
+        let mut total: f64 = tokens.iter().map(|t| t.1).sum();
+        if self.top_p < 1.0 {
+            tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let mut mass = 0.0;
+            let kept = tokens.iter().position(|t| {
+                mass += t.1;
+                mass >= self.top_p * total
+            });
+            tokens.truncate(kept.map_or(tokens.len(), |k| k + 1));
+            total = tokens.iter().map(|t| t.1).sum();
+        }
+        let mut draw = self.rng.random::<f64>() * total;
+        for (token, w) in &tokens {
+            draw -= w;
+            if draw <= 0.0 {
+                return *token as u32;
+            }
+        }
+        top as u32
+    }
+}
+
+/// What a generation did.
+#[derive(Debug, Clone, Copy)]
+pub struct Generated {
+    pub tokens: usize,
+    pub prefill_seconds: f64,
+    pub decode_seconds: f64,
+    /// Bytes of state at the end, all layers.
+    pub state_bytes: usize,
+}
+
+/// Continues `prompt` by at most `most` tokens. `each` gets every new token and says whether to go on; a token of
+/// `stops` ends the text and is not handed out.
+pub fn generate(
+    model: Subject,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    most: usize,
+    stops: &[u32],
+    mut each: impl FnMut(u32) -> Result<bool>,
+) -> Result<Generated> {
+    let (decoder, net) = (model.decoder, model.net);
+    let mut states = net.states();
+    let started = std::time::Instant::now();
+    let mut next = |ids: &[u32], states: &mut [_]| -> Result<Vec<f32>> {
+        let ids = Tensor::new(ids, &decoder.device)?.unsqueeze(0)?;
+        let hidden = decoder.extend(&ids, net, states)?;
+        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.flatten(0, 1)?.contiguous()?;
+        Ok(decoder.logits(&last)?.squeeze(0)?.to_dtype(DType::F32)?.to_vec1()?)
+    };
+    let mut logits = next(prompt, &mut states)?;
+    let prefill_seconds = started.elapsed().as_secs_f64();
+    let started = std::time::Instant::now();
+    let mut tokens = 0;
+    while tokens < most {
+        let token = sampler.choose(&logits);
+        if stops.contains(&token) {
+            break;
+        }
+        tokens += 1;
+        if !each(token)? || tokens == most {
+            break;
+        }
+        logits = next(&[token], &mut states)?;
+    }
+    let decode_seconds = started.elapsed().as_secs_f64();
+    Ok(Generated { tokens, prefill_seconds, decode_seconds, state_bytes: states.iter().map(|s| s.bytes()).sum() })
+}

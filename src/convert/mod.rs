@@ -1,1 +1,306 @@
-//! load → plan → swap → transfer → recover → merge → export → verify.
+//! A conversion, readable top to bottom: load → plan → swap → transfer → recover → merge → export → verify.
+
+pub mod card;
+pub mod export;
+pub mod inspect;
+pub mod load;
+pub mod merge;
+pub mod plan;
+pub mod recover;
+pub mod swap;
+pub mod transfer;
+pub mod verify;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use candle_core::Device;
+use serde_json::json;
+
+use crate::checkpoint::writer::write_atomic;
+use crate::data::tokenizer::Tokenizer;
+use crate::data::{Corpus, Split};
+use crate::error::{Error, Kind, Result};
+use crate::evaluate::{Quality, Subject, quality};
+use crate::model::{Decoder, Net};
+use crate::params::Adapters;
+use crate::progress::Progress;
+use crate::recipe::Loaded;
+use crate::run_dir::{Fingerprint, RunDir, refuse_taken};
+use crate::train::{self, Outcome, Settings};
+
+use export::Manifest;
+use load::{Linearization, Model};
+use plan::Plan;
+use recover::Recover;
+use transfer::Transfer;
+use verify::{Against, Report, Stage};
+
+/// What to convert, how, and where to.
+pub struct Options {
+    /// Folder or hub id.
+    pub model: String,
+    pub recipe: Loaded,
+    pub out: PathBuf,
+    pub device: Device,
+    /// Stop after this stage and keep the progress.
+    pub until: Option<Until>,
+    /// Forget an unfinished run.
+    pub restart: bool,
+}
+
+/// A stage to stop after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Until {
+    Plan,
+    Swap,
+    Transfer,
+    Recover,
+    Merge,
+    Export,
+}
+
+/// What a conversion came to.
+pub struct Converted {
+    pub plan: Plan,
+    /// `None` where `until` stopped it before verification.
+    pub report: Option<Report>,
+    pub seconds: f64,
+}
+
+/// Converts a model. The same call continues an unfinished run; a finished one is refused.
+pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> {
+    let started = Instant::now();
+    let (recipe, device, out) = (&options.recipe.recipe, &options.device, options.out.as_path());
+    refuse_taken(out)?;
+    let model = Model::open(&options.model, progress)?;
+    let headers = model.checkpoint.headers();
+    let early = Plan::of(headers, &options.recipe, device.into(), None)?;
+    let stopped = |plan: Plan, seconds: f64| Ok(Converted { plan, report: None, seconds });
+    if options.until == Some(Until::Plan) {
+        return stopped(early, started.elapsed().as_secs_f64());
+    }
+
+    let tokenizer = Tokenizer::open(model.checkpoint.dir())?;
+    tokenizer.check_vocab(model.architecture().vocab)?;
+    if recipe.data.sources.is_empty() {
+        return Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", options.recipe.origin))
+            .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"));
+    }
+    let row_len = early.stages.iter().map(|s| s.seq_len).max().unwrap_or(recipe.transfer.seq_len);
+    let data = &recipe.data;
+    let corpus = Corpus::prepare(&data.sources, data, recipe.seed, &tokenizer, row_len, &cache_dir(), progress)?;
+    let train_tokens = (corpus.train(row_len)?.len() * row_len) as u64;
+    let plan = Plan::of(headers, &options.recipe, device.into(), Some(train_tokens))?;
+    for warning in &plan.warnings {
+        progress.warn(warning);
+    }
+
+    let fingerprint = Fingerprint {
+        recipe: recipe.to_toml(),
+        source: headers.digest(),
+        data: corpus.digest().to_string(),
+        seed: recipe.seed,
+        version: env!("CARGO_PKG_VERSION").into(),
+    };
+    let mut run = RunDir::open(out, &fingerprint, options.restart)?;
+    let mut decoder = model.decoder(device, progress)?;
+    let teacher = Net::teacher(model.architecture());
+    let design = recipe.mixer.design();
+    let mut student = swap::swap(model.architecture(), design, &plan.layers.converted, recipe.seed, device)?;
+
+    let valid = corpus.valid(row_len)?.limit(recipe.verify.tokens);
+    let mut stages = vec![measure("teacher", &decoder, &teacher, None, &valid, &mut run, progress)?];
+    let mut record = |name: &str, d: &Decoder, net: &Net, run: &mut RunDir| -> Result<()> {
+        stages.push(measure(name, d, net, Some(&teacher), &valid, run, progress)?);
+        Ok(())
+    };
+    if !plan.layers.converted.is_empty() {
+        record("swapped", &decoder, &student, &mut run)?;
+    }
+    if options.until == Some(Until::Swap) {
+        return stopped(plan, started.elapsed().as_secs_f64());
+    }
+
+    let mut outcomes: Vec<(&str, Outcome)> = Vec::new();
+    if let Some(planned) = plan.stage("transfer") {
+        let s = &recipe.transfer;
+        let mut task = Transfer::new(&decoder, &teacher, &student, s, planned.micro_batch);
+        let settings = Settings {
+            stage: "transfer",
+            steps: planned.steps,
+            batch: s.batch,
+            micro_batch: planned.micro_batch,
+            optimizer: &s.optimizer,
+            schedule: &s.schedule,
+            eval_every: s.eval_every,
+            lr: s.lr,
+            seed: s.seed.unwrap_or(recipe.seed),
+        };
+        outcomes.push(("transfer", train_stage(&mut task, &settings, &corpus, s.seq_len, data, &mut run, progress)?));
+        record("transferred", &decoder, &student, &mut run)?;
+    }
+    if options.until == Some(Until::Transfer) {
+        return stopped(plan, started.elapsed().as_secs_f64());
+    }
+
+    let mut merged_names = Vec::new();
+    if let Some(planned) = plan.stage("recover") {
+        let s = &recipe.recover;
+        let seed = s.seed.unwrap_or(recipe.seed.wrapping_add(1)); // other rows, other order than the stage before
+        let targets = plan::lora_targets(&s.lora)?;
+        student.adapters = Some(Adapters::new(model.architecture(), &targets, &s.lora, seed, device)?);
+        let mut task = Recover::new(&decoder, &teacher, &student, s, planned.micro_batch, seed);
+        let settings = Settings {
+            stage: "recover",
+            steps: planned.steps,
+            batch: s.batch,
+            micro_batch: planned.micro_batch,
+            optimizer: &s.optimizer,
+            schedule: &s.schedule,
+            eval_every: s.eval_every,
+            lr: s.lr,
+            seed,
+        };
+        outcomes.push(("recover", train_stage(&mut task, &settings, &corpus, s.seq_len, data, &mut run, progress)?));
+        record("recovered", &decoder, &student, &mut run)?;
+        let name = |(layer, p)| model.architecture().name(crate::families::Role::Weight(layer, p));
+        merged_names = student.adapters.iter().flat_map(|a| a.targets()).map(name).collect();
+    }
+    if options.until == Some(Until::Recover) {
+        return stopped(plan, started.elapsed().as_secs_f64());
+    }
+
+    // The teacher shares the weights that merging changes: from here on it is read again where it is needed.
+    let merged = merge::merge(&mut decoder, &mut student, |name| headers.info(name).map(|i| i.dtype), &valid)?;
+    if merged.weights > 0 {
+        record("merged", &decoder, &student, &mut run)?;
+        progress.say(&format!(
+            "merged {} weights; largest change of a logit {:.1e} (largest logit {:.1})",
+            merged.weights, merged.max_logit_difference, merged.max_logit
+        ));
+    }
+    if options.until == Some(Until::Merge) {
+        return stopped(plan, started.elapsed().as_secs_f64());
+    }
+
+    let linearization = (!plan.layers.converted.is_empty()).then(|| Linearization {
+        format_version: Linearization::FORMAT,
+        base_model_type: headers.config.model_type().unwrap_or_default().to_string(),
+        base_architectures: headers.config.architectures().unwrap_or_default().iter().map(|a| a.to_string()).collect(),
+        layers: plan.layers.converted.clone(),
+        mixer: recipe.mixer.clone(),
+        teacher: headers.source.repo.clone().unwrap_or_else(|| base_name(&options.model)),
+        teacher_revision: headers.source.revision.clone(),
+    });
+    let dir = run.fresh_export()?;
+    let shard = recipe.export.max_shard_bytes()?;
+    let parts = export::Parts { model: &model, decoder: &decoder, student: &student, merged: &merged_names };
+    let files = export::export(&parts, linearization.as_ref(), shard, &dir, progress)?;
+    let ids = valid.sequence(0).ids;
+    let tensors = plan.exported().into_iter().map(|(name, (shape, dtype))| (name, (format!("{dtype:?}"), shape)));
+    let mut manifest = Manifest {
+        margay: env!("CARGO_PKG_VERSION").into(),
+        source: headers.source.repo.clone().unwrap_or_else(|| base_name(&options.model)),
+        revision: headers.source.revision.clone(),
+        recipe: recipe.clone(),
+        recipe_origin: options.recipe.origin.clone(),
+        data: json!({
+            "sources": data.sources.iter().map(|s| base_name(s)).collect::<Vec<_>>(),
+            "documents": corpus.documents(),
+            "tokens": corpus.tokens(),
+            "validation_tokens": valid.len() * valid.seq_len(),
+            "digest": corpus.digest(),
+        }),
+        seconds: outcomes.iter().map(|(_, o)| o.seconds).sum(),
+        stages: outcomes.iter().map(|(name, o)| (name.to_string(), json!(o))).collect(),
+        merged: Some(merged),
+        tensors: tensors.collect(),
+        files,
+        reference: Some(export::reference(&decoder, &student, &ids[..ids.len().min(32)])?),
+        verify: None,
+    };
+    if options.until == Some(Until::Export) {
+        manifest.write(&dir)?;
+        run.finish()?;
+        return stopped(plan, started.elapsed().as_secs_f64());
+    }
+
+    let original = model.decoder(device, progress)?;
+    let against = Against {
+        student: Some(Subject { decoder: &decoder, net: &student }),
+        teacher: Some(Subject { decoder: &original, net: &teacher }),
+        source: Some(&model.checkpoint),
+        merged: &merged_names,
+        valid: Some(&valid),
+        stages,
+        contexts: &recipe.verify.contexts,
+    };
+    let report = verify::verify(&dir, &manifest, against, device, progress)?;
+    manifest.verify = Some(json!(report));
+    let card = card::card(&manifest, &report, linearization.as_ref());
+    write_atomic(&dir.join("README.md"), card.as_bytes())?;
+    manifest.files.push(export::describe("README.md", card.as_bytes()));
+    run.copy_log(&dir)?;
+    manifest.write(&dir)?;
+    run.finish()?;
+    Ok(Converted { plan, report: Some(report), seconds: started.elapsed().as_secs_f64() })
+}
+
+fn train_stage(
+    task: &mut dyn train::Task,
+    settings: &Settings,
+    corpus: &Corpus,
+    seq_len: usize,
+    data: &crate::recipe::Data,
+    run: &mut RunDir,
+    progress: &dyn Progress,
+) -> Result<Outcome> {
+    let train = corpus.train(seq_len)?;
+    train.require(settings.batch)?;
+    let valid = corpus.valid(seq_len)?.limit(data.validation_tokens);
+    train::run(task, settings, &train, &valid, run, progress)
+}
+
+/// Quality of one form of the model; measured once per run, remembered over restarts.
+fn measure(
+    name: &str,
+    decoder: &Decoder,
+    net: &Net,
+    teacher: Option<&Net>,
+    valid: &Split,
+    run: &mut RunDir,
+    progress: &dyn Progress,
+) -> Result<Stage> {
+    let key = format!("measure.{name}");
+    if let Some(known) = run.done(&key)
+        && let Ok(quality) = serde_json::from_value::<Quality>(known.clone())
+    {
+        return Ok(Stage { name: name.into(), quality });
+    }
+    // The merged weights are no longer the teacher's.
+    let teacher = teacher.filter(|_| name != "merged").map(|net| Subject { decoder, net });
+    let quality = quality(Subject { decoder, net }, teacher, valid, progress)?;
+    progress.say(&format!("{name}: perplexity {:.4}", quality.perplexity));
+    run.mark_done(&key, &json!(quality))?;
+    Ok(Stage { name: name.into(), quality })
+}
+
+/// Where tokenised text is kept between runs: `$MARGAY_CACHE`, else `margay` in the user's cache folder.
+pub fn cache_dir() -> PathBuf {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("MARGAY_CACHE").unwrap_or_else(|| {
+        let cache = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
+        cache.unwrap_or_else(std::env::temp_dir).join("margay")
+    })
+}
+
+/// The last part of a path: exports name no folder of the machine they were made on.
+fn base_name(path: &str) -> String {
+    let local = Path::new(path);
+    let absolute = std::path::absolute(local).unwrap_or_else(|_| local.into());
+    match local.exists() {
+        true => absolute.file_name().map_or_else(|| path.to_string(), |n| n.to_string_lossy().into_owned()),
+        false => path.to_string(),
+    }
+}

@@ -59,10 +59,10 @@ impl Task for Recover<'_> {
         if param.name.contains(".lora_") { self.settings.lr } else { self.settings.lr_mixer }
     }
 
-    fn gradients(&mut self, batch: &Batch, step: u64, share: f64, grads: &mut Grads) -> Result<Vec<f64>> {
+    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Vec<f64>> {
         let (decoder, student) = (self.decoder, self.student);
         let lora = student.adapters.as_ref();
-        let noise = Some(self.seed ^ (step << 20) ^ (batch.inputs.dim(0)? as u64));
+        let noise = Some(self.seed.wrapping_add(position.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
         let ids = &batch.inputs;
         let tables = decoder.tables(0, ids.dim(1)?)?;
         let teacher = self.teacher_hidden(ids)?;

@@ -352,4 +352,8 @@ impl Mixer for Lolcats {
     fn params(&self) -> &[Param] {
         &self.params
     }
+
+    fn window(&self) -> usize {
+        self.attn.window.capacity()
+    }
 }

@@ -63,6 +63,10 @@ pub trait Mixer: Send + Sync {
     fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor>;
     /// What it adds, by export name.
     fn params(&self) -> &[Param];
+    /// Most keys its softmax window holds; 0 where there is none.
+    fn window(&self) -> usize {
+        0
+    }
     /// Whether this is the teacher's own attention.
     fn is_softmax(&self) -> bool {
         false

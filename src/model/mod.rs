@@ -107,6 +107,10 @@ impl Decoder {
         &self.blocks[layer]
     }
 
+    pub fn block_mut(&mut self, layer: usize) -> &mut Block {
+        &mut self.blocks[layer]
+    }
+
     /// Embeddings [B, T, N] of ids [B, T].
     pub fn embed(&self, ids: &Tensor) -> TensorResult<Tensor> {
         let (b, t) = ids.dims2()?;

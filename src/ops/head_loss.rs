@@ -55,7 +55,7 @@ fn block_rows(vocab: usize) -> usize {
 
 /// The loss (a scalar with gradient to `h`) and its parts.
 pub fn head_loss(h: &Tensor, head: &Tensor, target: &Target) -> Result<(Tensor, Sums)> {
-    let (value, sums, gradient) = run(&h.detach(), head, target, true)?;
+    let (value, sums, gradient) = run(&h.detach(), head, head, target, true)?;
     let value = Tensor::new(value as f32, h.device())?.to_dtype(super::wide(h.dtype()))?;
     let gradient = gradient.map_or_else(|| h.zeros_like(), Ok)?;
     Ok((loss::with_gradient(h, value, gradient)?, sums))
@@ -63,10 +63,21 @@ pub fn head_loss(h: &Tensor, head: &Tensor, target: &Target) -> Result<(Tensor, 
 
 /// The parts alone, no gradient.
 pub fn measure(h: &Tensor, head: &Tensor, target: &Target) -> Result<Sums> {
-    Ok(run(h, head, target, false)?.1)
+    measure_between(h, head, head, target)
 }
 
-fn run(h: &Tensor, head: &Tensor, target: &Target, with_gradient: bool) -> Result<(f64, Sums, Option<Tensor>)> {
+/// The parts where the teacher has a head of its own.
+pub fn measure_between(h: &Tensor, head: &Tensor, teacher_head: &Tensor, target: &Target) -> Result<Sums> {
+    Ok(run(h, head, teacher_head, target, false)?.1)
+}
+
+fn run(
+    h: &Tensor,
+    head: &Tensor,
+    teacher_head: &Tensor,
+    target: &Target,
+    with_gradient: bool,
+) -> Result<(f64, Sums, Option<Tensor>)> {
     let rows = h.dim(0)?;
     let count = match target.mask {
         Some(mask) => mask.sum_all()?.to_scalar::<f32>()? as f64,
@@ -83,7 +94,7 @@ fn run(h: &Tensor, head: &Tensor, target: &Target, with_gradient: bool) -> Resul
         let tokens = target.tokens.narrow(0, start, n)?;
         let part = Target { tokens: &tokens, mask: mask.as_ref(), teacher: teacher.as_ref(), ..*target };
         let logits = h.narrow(0, start, n)?.matmul(&head.t()?)?;
-        let teacher = part.teacher.map(|t| t.matmul(&head.t()?)).transpose()?;
+        let teacher = part.teacher.map(|t| t.matmul(&teacher_head.t()?)).transpose()?;
         let (s, gradient) = if super::fast(h) {
             fast_block(&logits, teacher.as_ref(), &part, per_row)?
         } else {

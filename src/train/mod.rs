@@ -31,8 +31,9 @@ pub trait Task {
     /// Learning rate of a parameter at peak.
     fn peak_lr(&self, param: &Param) -> f64;
     /// Adds `share` times the gradient of the batch's loss to `grads` (one slot per parameter) and gives the losses of
-    /// its parts (layers, or the whole model).
-    fn gradients(&mut self, batch: &Batch, step: u64, share: f64, grads: &mut Grads) -> Result<Vec<f64>>;
+    /// its parts (layers, or the whole model). `position` counts the sequences drawn before this batch: what seeds
+    /// dropout.
+    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Vec<f64>>;
     /// Losses of the parts on validation data.
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>>;
     /// The part a parameter belongs to: best weights are kept per part, since parts that share no parameter improve on
@@ -155,10 +156,11 @@ pub fn run(
         let rows = train.draw(settings.seed, step * settings.batch as u64, settings.batch);
         let mut grads = Grads(vec![None; params.len()]);
         let mut losses: Vec<f64> = Vec::new();
-        for part in rows.chunks(settings.micro_batch) {
+        let drawn = step * settings.batch as u64;
+        for (n, part) in rows.chunks(settings.micro_batch).enumerate() {
             let share = part.len() as f64 / settings.batch as f64;
             let batch = train.batch(part, params_device(&params))?;
-            let micro = task.gradients(&batch, step, share, &mut grads)?;
+            let micro = task.gradients(&batch, drawn + (n * settings.micro_batch) as u64, share, &mut grads)?;
             check_finite(task, stage, step + 1, "loss", &micro)?;
             losses.resize(micro.len(), 0.0);
             losses.iter_mut().zip(&micro).for_each(|(sum, loss)| *sum += share * loss);
