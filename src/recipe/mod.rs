@@ -2,6 +2,19 @@
 //!
 //! A file states only what differs from the defaults below or from the recipe it `extends`. Unknown keys are refused,
 //! all problems at once. `margay recipe show` prints the full result.
+//!
+//! The doc comments, ranges and lists of this file are the JSON Schema of a recipe, and that schema is what
+//! [`Recipe::load`] checks a file against and what [`Recipe::to_toml`] takes its comments from: a key is described here
+//! and nowhere else.
+
+mod check;
+mod load;
+mod show;
+mod source;
+
+pub use load::Loaded;
+pub use show::schema;
+pub use source::{Shipped, list, shipped};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -16,16 +29,19 @@ pub struct Recipe {
     pub base: Base,
     /// Seed of everything random; a stage may have its own.
     pub seed: u64,
-    /// Which layers are converted.
+    /// Which layers are converted: `"all"`, a list of indices, or `{ keep = [...] }` for the ones that stay softmax.
     pub layers: Layers,
-    /// What replaces softmax attention.
+    /// What replaces softmax attention: `kind` names a mixer, the other keys are its own.
     pub mixer: Mixer,
+    /// Text for training and validation.
     pub data: Data,
     /// Stage 1: attention transfer, one layer at a time.
     pub transfer: Transfer,
     /// Stage 2: LoRA on the whole student.
     pub recover: Recover,
+    /// The folder that is written.
     pub export: Export,
+    /// How the export is measured.
     pub verify: Verify,
 }
 
@@ -50,19 +66,21 @@ pub enum Layers {
     Keep(Keep),
 }
 
+/// The word `all`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum All {
     All,
 }
 
+/// The layers that stay softmax.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Keep {
     pub keep: Vec<usize>,
 }
 
-/// What replaces softmax attention: `kind` names a row of the mixer registry, the other keys are that mixer's own.
+/// What replaces softmax attention: `kind` names a mixer, the other keys are its own.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Mixer {
@@ -70,29 +88,34 @@ pub enum Mixer {
     Lolcats(crate::mixers::lolcats::Config),
 }
 
+/// Text for training and validation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Data {
     /// Files, globs, folders or hub data set ids; `--data` replaces them.
     pub sources: Vec<String>,
     /// Field of JSONL and Parquet rows that holds the text.
+    #[schemars(length(min = 1))]
     pub field: String,
     /// How rows become text.
     pub format: Format,
     /// In Alpaca rows, train on the answer only.
     pub mask_prompt: bool,
     /// Share of the packed rows held back for validation.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub validation: f64,
     /// At most this many validation tokens are used at each evaluation.
+    #[schemars(range(min = 1))]
     pub validation_tokens: usize,
     /// Token put before each document: `auto` does what the tokenizer does.
     pub bos: Join,
     /// Token put after each document: `auto` adds it when no BOS separates documents.
     pub eos: Join,
-    /// Seed of the split and of the order of rows.
+    /// Seed of the split; defaults to the recipe's.
     pub seed: Option<u64>,
 }
 
+/// How rows become text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -102,6 +125,7 @@ pub enum Format {
     Alpaca,
 }
 
+/// Whether a token is put between documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Join {
@@ -110,73 +134,124 @@ pub enum Join {
     Never,
 }
 
-/// Attention transfer.
+/// Stage 1: attention transfer, one layer at a time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Transfer {
-    /// Training tokens; 0 skips the stage.
+    /// Training tokens; 0 skips the stage. Passes over the data repeat until they are reached.
     pub tokens: u64,
+    /// At most this many passes over the training text, where that is fewer tokens.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub epochs: Option<f64>,
     /// Tokens per sequence.
+    #[schemars(range(min = 2))]
     pub seq_len: usize,
     /// Sequences per optimiser step.
+    #[schemars(range(min = 1))]
     pub batch: usize,
     /// Sequences at once; `batch` is reached by accumulation. 0 picks what fits.
     pub micro_batch: usize,
+    /// Peak learning rate.
+    #[schemars(range(min = 0.0))]
     pub lr: f64,
     /// Learning rate of window factors and other scalars; defaults to `lr`.
+    #[schemars(range(min = 0.0))]
     pub lr_scalars: Option<f64>,
+    /// AdamW.
     pub optimizer: Optimizer,
+    /// How the learning rate moves.
     pub schedule: Schedule,
     /// Optimiser steps between evaluations.
+    #[schemars(range(min = 1))]
     pub eval_every: usize,
     /// Weight of the mean squared error on per-head outputs, mean over layers.
+    #[schemars(range(min = 0.0))]
     pub mse_weight: f64,
     /// Weight of the cross-entropy of attention weights (needs T x T weights: short sequences only).
+    #[schemars(range(min = 0.0))]
     pub attention_ce_weight: f64,
+    /// Seed of this stage; defaults to the recipe's.
     pub seed: Option<u64>,
 }
 
-/// LoRA recovery.
+/// Stage 2: LoRA on the whole student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Recover {
-    /// Training tokens; 0 skips the stage.
+    /// Training tokens; 0 skips the stage. Passes over the data repeat until they are reached.
     pub tokens: u64,
+    /// At most this many passes over the training text, where that is fewer tokens.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub epochs: Option<f64>,
+    /// Tokens per sequence.
+    #[schemars(range(min = 2))]
     pub seq_len: usize,
+    /// Sequences per optimiser step.
+    #[schemars(range(min = 1))]
     pub batch: usize,
+    /// Sequences at once; `batch` is reached by accumulation. 0 picks what fits.
     pub micro_batch: usize,
+    /// Peak learning rate of the LoRA matrices.
+    #[schemars(range(min = 0.0))]
     pub lr: f64,
     /// Learning rate of the mixers' own parameters; 0 freezes them.
+    #[schemars(range(min = 0.0))]
     pub lr_mixer: f64,
+    /// AdamW.
     pub optimizer: Optimizer,
+    /// How the learning rate moves.
     pub schedule: Schedule,
+    /// Optimiser steps between evaluations.
+    #[schemars(range(min = 1))]
     pub eval_every: usize,
     /// Weight of next-token cross-entropy.
+    #[schemars(range(min = 0.0))]
     pub ce_weight: f64,
     /// Weight of the forward KL to the teacher's logits; 0 runs no teacher.
+    #[schemars(range(min = 0.0))]
     pub kl_weight: f64,
+    /// Low-rank adapters, merged into their weights afterwards.
     pub lora: Lora,
+    /// Seed of this stage; defaults to the recipe's.
     pub seed: Option<u64>,
 }
 
+/// Low-rank adapters: W + alpha / rank x B A.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Lora {
+    /// Rows of A.
+    #[schemars(range(min = 1))]
     pub rank: usize,
+    /// The update weighs `alpha` / `rank`.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub alpha: f64,
+    /// Share of the adapter's inputs dropped in training.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub dropout: f64,
     /// Projections by their checkpoint names.
+    #[schemars(schema_with = "Lora::targets_schema")]
     pub targets: Vec<String>,
 }
 
+/// AdamW with decoupled decay.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Optimizer {
+    /// Decay of the mean of gradients.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub beta2: f64,
+    /// Added to the root of the second moment.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub eps: f64,
+    /// Decoupled weight decay.
+    #[schemars(range(min = 0.0))]
     pub weight_decay: f64,
     /// Largest global gradient norm; 0 never clips.
+    #[schemars(range(min = 0.0))]
     pub clip: f64,
 }
 
@@ -184,44 +259,62 @@ pub struct Optimizer {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Schedule {
+    /// The peak, after warm-up.
     Constant {
         /// Share of the steps spent warming up linearly.
         #[serde(default)]
+        #[schemars(range(min = 0.0, max = 1.0))]
         warmup: f64,
     },
     /// Cosine from the peak to `floor` x peak.
     Cosine {
+        /// Share of the steps spent warming up linearly.
         #[serde(default)]
+        #[schemars(range(min = 0.0, max = 1.0))]
         warmup: f64,
+        /// The end, as a share of the peak.
         #[serde(default)]
+        #[schemars(range(min = 0.0, max = 1.0))]
         floor: f64,
     },
     /// Lowered by `factor` when validation has not improved for more than `patience` evaluations.
     Plateau {
+        /// What the learning rate is multiplied by.
         #[serde(default = "Schedule::factor")]
+        #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
         factor: f64,
+        /// Evaluations without improvement that are let pass.
         #[serde(default = "Schedule::patience")]
         patience: usize,
+        /// Never below this.
         #[serde(default = "Schedule::min_lr")]
+        #[schemars(range(min = 0.0))]
         min_lr: f64,
+        /// Share of the steps spent warming up linearly.
         #[serde(default)]
+        #[schemars(range(min = 0.0, max = 1.0))]
         warmup: f64,
     },
 }
 
+/// The folder that is written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {
-    /// Largest shard, such as `5GB` or `500MB`.
+    /// Largest shard, such as `5GB` or `500MB` (powers of ten; `GiB` and `MiB` are powers of two).
+    #[schemars(extend("format" = "bytes"))]
     pub max_shard_size: String,
 }
 
+/// How the export is measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Verify {
     /// Tokens of the validation split used for perplexity and agreement.
+    #[schemars(range(min = 1))]
     pub tokens: usize,
     /// Contexts at which speed and state are measured.
+    #[schemars(inner(range(min = 1)))]
     pub contexts: Vec<usize>,
 }
 
@@ -235,8 +328,10 @@ impl Schedule {
     fn min_lr() -> f64 {
         1e-5
     }
+    /// The schedule of the LoLCATs code: a tenth after more than ten flat evaluations, down to 1e-5.
     pub fn plateau() -> Self {
-        Schedule::Plateau { factor: 0.1, patience: 10, min_lr: 1e-5, warmup: 0.0 }
+        let (factor, patience, min_lr) = (Self::factor(), Self::patience(), Self::min_lr());
+        Schedule::Plateau { factor, patience, min_lr, warmup: 0.0 }
     }
 }
 
@@ -283,6 +378,7 @@ impl Default for Transfer {
     fn default() -> Self {
         Transfer {
             tokens: 20_000_000,
+            epochs: None,
             seq_len: 1024,
             batch: 8,
             micro_batch: 0,
@@ -302,6 +398,7 @@ impl Default for Recover {
     fn default() -> Self {
         Recover {
             tokens: 20_000_000,
+            epochs: None,
             seq_len: 1024,
             batch: 8,
             micro_batch: 0,
@@ -315,6 +412,15 @@ impl Default for Recover {
             lora: Lora::default(),
             seed: None,
         }
+    }
+}
+
+/// Projections of a block that can carry an adapter, by their checkpoint names.
+pub const LORA_TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+impl Lora {
+    fn targets_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "array", "items": { "type": "string", "enum": LORA_TARGETS } })
     }
 }
 
@@ -347,6 +453,31 @@ impl Mixer {
         match self {
             Mixer::Lolcats(config) => config,
         }
+    }
+}
+
+impl Transfer {
+    /// Tokens this stage trains on where one pass over the training text is `train_tokens`.
+    pub fn budget(&self, train_tokens: u64) -> u64 {
+        budget(self.tokens, self.epochs, train_tokens)
+    }
+}
+
+impl Recover {
+    /// Tokens this stage trains on where one pass over the training text is `train_tokens`.
+    pub fn budget(&self, train_tokens: u64) -> u64 {
+        budget(self.tokens, self.epochs, train_tokens)
+    }
+}
+
+fn budget(tokens: u64, epochs: Option<f64>, train_tokens: u64) -> u64 {
+    epochs.map_or(tokens, |epochs| tokens.min((epochs * train_tokens as f64) as u64))
+}
+
+impl Export {
+    /// Bytes of the largest shard. Errors: the text is not a size.
+    pub fn max_shard_bytes(&self) -> crate::Result<u64> {
+        crate::checkpoint::writer::parse_size(&self.max_shard_size)
     }
 }
 

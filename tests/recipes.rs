@@ -1,0 +1,385 @@
+//! Every shipped recipe, and what happens to a recipe that is wrong.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use margay::error::Kind;
+use margay::recipe::{self, Layers, Loaded, Mixer, Recipe, Schedule};
+use serde_json::Value;
+
+fn load(name: &str, sets: &[&str]) -> Loaded {
+    try_load(name, sets).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn try_load(name: &str, sets: &[&str]) -> margay::Result<Loaded> {
+    Recipe::load(name, &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>())
+}
+
+/// The message and hint of a refused recipe, with the folder of `file` cut off.
+fn refused(file: &Path, sets: &[&str]) -> String {
+    let error = try_load(file.to_str().unwrap(), sets).unwrap_err();
+    assert_eq!(error.kind, Kind::Recipe, "{error}");
+    let folder = format!("{}/", file.parent().unwrap().display());
+    format!("{error}\nhint: {}", error.hint.as_deref().unwrap_or("-")).replace(&folder, "")
+}
+
+/// Files of one folder that is gone after the test.
+fn files(list: &[(&str, &str)]) -> (tempfile::TempDir, impl Fn(&str) -> PathBuf + use<>) {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, text) in list {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    let root = folder.path().to_path_buf();
+    (folder, move |name| root.join(name))
+}
+
+fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            walk(&path, found);
+        } else if path.extension().is_some_and(|e| e == "toml") {
+            found.push(path);
+        }
+    }
+}
+
+/// Every recipe in the folder, by name and path; all of them are in the program.
+fn shipped() -> Vec<(String, PathBuf)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    let mut paths = Vec::new();
+    walk(&root, &mut paths);
+    let name = |p: &Path| p.strip_prefix(&root).unwrap().with_extension("").to_str().unwrap().replace('\\', "/");
+    let mut found: Vec<_> = paths.into_iter().map(|p| (name(&p), p)).collect();
+    found.sort();
+    let embedded: Vec<String> = recipe::list().into_iter().map(|s| s.name).collect();
+    assert!(found.iter().map(|(name, _)| name).eq(&embedded), "rebuild: the program carries {embedded:?}");
+    found
+}
+
+#[test]
+fn the_promised_recipes_are_shipped() {
+    let names: BTreeSet<String> = shipped().into_iter().map(|(name, _)| name).collect();
+    for name in [
+        "llama/lolcats",
+        "llama/3.2-1b-lolcats",
+        "llama/3.1-8b-lolcats",
+        "llama/hedgehog",
+        "llama/t2r",
+        "mistral/7b-lolcats",
+        "tiny/lolcats",
+    ] {
+        assert!(names.contains(name), "{name}");
+    }
+}
+
+#[test]
+fn every_shipped_recipe_loads_and_comes_back_from_its_own_toml() {
+    for (name, path) in shipped() {
+        let loaded = load(&name, &[]);
+        assert!(!loaded.recipe.about.is_empty(), "{name}");
+        assert_eq!(recipe::shipped(&name).unwrap().text, std::fs::read_to_string(&path).unwrap(), "rebuild");
+        assert_eq!(load(path.to_str().unwrap(), &[]).recipe, loaded.recipe, "{name}");
+
+        let (_folder, at) = files(&[("shown.toml", &loaded.text)]);
+        let again = load(at("shown.toml").to_str().unwrap(), &[]);
+        assert_eq!(again.recipe, loaded.recipe, "{name}\n{}", loaded.text);
+        assert_eq!(again.text, loaded.text, "{name}");
+    }
+}
+
+#[test]
+fn every_shipped_recipe_begins_with_what_it_makes_and_its_command() {
+    for (name, path) in shipped() {
+        let text = std::fs::read_to_string(path).unwrap();
+        let mut lines = text.lines();
+        assert!(lines.next().is_some_and(|l| l.starts_with("# ")), "{name}");
+        let command = lines.next().unwrap();
+        assert!(command.starts_with("# margay convert ") && command.contains(&format!("--recipe {name} ")), "{name}");
+        if let Some(repo) = load(&name, &[]).recipe.base.repo {
+            assert!(command.contains(&repo), "{name}");
+        }
+    }
+}
+
+/// Whether `json` is what `schema` says: the part of JSON Schema that ours uses, written apart from the program's.
+fn fits(root: &Value, schema: &Value, json: &Value) -> bool {
+    if let Some(target) = schema["$ref"].as_str() {
+        return fits(root, root.pointer(target.trim_start_matches('#')).unwrap(), json);
+    }
+    let is = |kind: &Value| match kind.as_str() {
+        Some("object") => json.is_object(),
+        Some("array") => json.is_array(),
+        Some("string") => json.is_string(),
+        Some("integer") => json.is_u64() || json.is_i64(),
+        Some("number") => json.is_number(),
+        Some("boolean") => json.is_boolean(),
+        Some("null") => json.is_null(),
+        _ => panic!("{kind}"),
+    };
+    let one = |key: &str, holds: &dyn Fn(&Value) -> bool| schema.get(key).is_none_or(holds);
+    let count = |list: &Value| list.as_array().unwrap().iter().filter(|option| fits(root, option, json)).count();
+    let below = |a: &Value, b: &Value, strict: bool| match (a.as_f64(), b.as_f64()) {
+        (Some(a), Some(b)) => a < b || !strict && a == b,
+        _ => true,
+    };
+    one("oneOf", &|list| count(list) == 1)
+        && one("anyOf", &|list| count(list) > 0)
+        && one("type", &|kind| kind.as_array().map_or_else(|| is(kind), |kinds| kinds.iter().any(is)))
+        && one("const", &|word| word == json)
+        && one("enum", &|words| words.as_array().unwrap().contains(json))
+        && one("minimum", &|limit| below(limit, json, false))
+        && one("maximum", &|limit| below(json, limit, false))
+        && one("exclusiveMinimum", &|limit| below(limit, json, true))
+        && one("exclusiveMaximum", &|limit| below(json, limit, true))
+        && one("items", &|item| json.as_array().is_none_or(|list| list.iter().all(|v| fits(root, item, v))))
+        && one("required", &|keys| keys.as_array().unwrap().iter().all(|key| json.get(key.as_str().unwrap()).is_some()))
+        && json.as_object().is_none_or(|map| {
+            map.iter().all(|(key, value)| match schema["properties"].get(key) {
+                Some(property) => fits(root, property, value),
+                None => schema.get("additionalProperties") != Some(&false.into()),
+            })
+        })
+}
+
+#[test]
+fn the_schema_fits_every_shipped_recipe_as_written_and_as_shown() {
+    let schema = recipe::schema();
+    for (name, path) in shipped() {
+        for text in [std::fs::read_to_string(path).unwrap(), load(&name, &[]).text] {
+            let mut json = serde_json::to_value(text.parse::<toml::Table>().unwrap()).unwrap();
+            assert!(fits(&schema, &schema, &json), "{name}\n{text}");
+            json["transfer"]["batch"] = 0.into();
+            assert!(!fits(&schema, &schema, &json), "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_schema_describes_every_key() {
+    fn walk(root: &Value, schema: &Value, path: &str) {
+        let options = ["oneOf", "anyOf"].iter().filter_map(|k| schema[*k].as_array()).flatten();
+        options.for_each(|option| walk(root, option, path));
+        for (key, property) in schema["properties"].as_object().into_iter().flatten() {
+            let target = property["$ref"].as_str().map_or(property, |r| root.pointer(&r[1..]).unwrap());
+            let described = key == "kind" || [property, target].iter().any(|s| s["description"].is_string());
+            assert!(described, "{path}.{key} has no description");
+            walk(root, target, &format!("{path}.{key}"));
+        }
+    }
+    let schema = recipe::schema();
+    walk(&schema, &schema, "");
+}
+
+#[test]
+fn all_problems_are_reported_at_once_with_file_line_and_column() {
+    let (_folder, at) = files(&[(
+        "mine.toml",
+        r#"extends = "llama/lolcats"
+about = 3
+lr = 0.1
+layers = { kept = [0] }
+
+[transfer]
+tokens = "many"
+bacth = 8
+seq_len = 0
+lr = -1
+epochs = 1979-05-27
+micro_batch = 9
+schedule = { kind = "cosin", floor = 2 }
+
+[recover]
+tokens = 1.5
+schedule = { kind = "cosine", floor = 2 }
+lora = { dropout = 1.0, targets = ["q_proj", "query", 3] }
+ce_weight = 0
+
+[mixer]
+kind = "lolcat"
+
+[data]
+validation = 1
+format = "alpca"
+sources = "a.txt"
+field = ""
+
+[export]
+max_shard_size = "5 gigs"
+
+[verify]
+contexts = [0, 8]
+
+[verfy]
+"#,
+    )]);
+    insta::assert_snapshot!(refused(&at("mine.toml"), &["recover.bach=4", "seed=x", "nothing", "verify.tokens=nan"]), @r##"
+    recipe `mine.toml` has 28 problems:
+      mine.toml:2:9: `about` must be a string, found `3`
+      mine.toml:3:1: unknown key `lr`; did you mean `transfer.lr` or `recover.lr`?
+      mine.toml:4:12: unknown key `layers.kept`; did you mean `layers.keep`?
+      mine.toml:7:10: `transfer.tokens` must be an integer, found the string `"many"`
+      mine.toml:8:1: unknown key `transfer.bacth`; did you mean `transfer.batch`?
+      mine.toml:9:11: `transfer.seq_len` must be at least 2, found `0`
+      mine.toml:10:6: `transfer.lr` must be at least 0, found `-1`
+      mine.toml:11:10: `transfer.epochs` must be a number, found a date
+      mine.toml:12:15: `transfer.micro_batch` must be at most `batch`
+      mine.toml:13:21: `transfer.schedule.kind` cannot be `cosin`; did you mean `cosine`? known: constant, cosine, plateau
+      mine.toml:16:10: `recover.tokens` must be an integer, found `1.5`
+      mine.toml:17:39: `recover.schedule.floor` must be at most 1, found `2`
+      mine.toml:18:20: `recover.lora.dropout` must be below 1, found `1.0`
+      mine.toml:18:46: `recover.lora.targets[1]` cannot be `query`; known: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+      mine.toml:18:55: `recover.lora.targets[2]` must be one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, found `3`
+      mine.toml:19:13: `recover.ce_weight` and `kl_weight` are both 0, so there is nothing to learn; `tokens = 0` skips the stage
+      mine.toml:22:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats
+      mine.toml:25:14: `data.validation` must be below 1, found `1`
+      mine.toml:26:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto
+      mine.toml:27:11: `data.sources` must be a list, each item a string, found the string `"a.txt"`
+      mine.toml:28:9: `data.field` must be a name, found an empty string
+      mine.toml:31:18: `export.max_shard_size` must be a size such as `5GB` or `500MB`, found `5 gigs`
+      mine.toml:34:13: `verify.contexts[0]` must be at least 1, found `0`
+      mine.toml:36:2: unknown key `verfy`; did you mean `verify`?
+      --set nothing: `nothing` is not `key=value`, such as `transfer.tokens=20000`
+      --set recover.bach: unknown key `recover.bach`; did you mean `recover.batch`?
+      --set seed: `seed` must be an integer, found the string `"x"`
+      --set verify.tokens: `verify.tokens` must be an integer, found a number that is not finite
+    hint: `margay recipe schema` describes every key; `margay recipe show llama/lolcats` shows them in use
+    "##);
+}
+
+#[test]
+fn a_syntax_error_has_its_line_and_column() {
+    let (_folder, at) = files(&[("mine.toml", "about = \"x\"\n[transfer]\nlr = = 3\nseed = 1\nseed = 2\n")]);
+    insta::assert_snapshot!(refused(&at("mine.toml"), &[]), @r##"
+    recipe `mine.toml` has 3 problems:
+      mine.toml:3:6: not TOML: extra `=`, expected nothing
+      mine.toml:3:8: not TOML: unexpected key or value, expected newline, `#`
+      mine.toml:5:1: not TOML: duplicate key
+    hint: `margay recipe schema` describes every key; `margay recipe show llama/lolcats` shows them in use
+    "##);
+}
+
+#[test]
+fn an_unknown_recipe_names_the_closest_or_all() {
+    let hint = |name: &str| try_load(name, &[]).unwrap_err().hint.unwrap();
+    assert_eq!(hint("llama/lolcat"), "did you mean `llama/lolcats`?");
+    assert!(hint("zebra").contains("llama/3.2-1b-lolcats, "));
+    assert_eq!(try_load("missing/mine.toml", &[]).unwrap_err().kind, Kind::Io);
+}
+
+#[test]
+fn extends_merges_tables_key_by_key_through_files_and_shipped_recipes() {
+    let (_folder, at) = files(&[
+        ("base.toml", "extends = \"llama/lolcats\"\n[transfer]\nlr = 0.5\n[mixer]\nwindow = 16\n"),
+        ("sub/mine.toml", "extends = \"../base.toml\"\nabout = \"mine\"\n[transfer]\nbatch = 4\n"),
+    ]);
+    let (mine, parent) = (load(at("sub/mine.toml").to_str().unwrap(), &[]).recipe, load("llama/lolcats", &[]).recipe);
+    assert_eq!((mine.about.as_str(), mine.transfer.lr, mine.transfer.batch), ("mine", 0.5, 4));
+    assert_eq!((mine.transfer.epochs, &mine.recover), (parent.transfer.epochs, &parent.recover));
+    let Mixer::Lolcats(config) = &mine.mixer;
+    assert_eq!(config.window, 16);
+}
+
+#[test]
+fn a_table_of_another_kind_replaces_its_parent_whole() {
+    let (_folder, at) = files(&[
+        ("base.toml", "[transfer.schedule]\nkind = \"plateau\"\npatience = 3\nwarmup = 0.1\n"),
+        ("same.toml", "extends = \"base.toml\"\n[transfer.schedule]\npatience = 4\n"),
+        ("other.toml", "extends = \"base.toml\"\n[transfer.schedule]\nkind = \"cosine\"\nfloor = 0.2\n"),
+    ]);
+    let schedule = |name: &str| load(at(name).to_str().unwrap(), &[]).recipe.transfer.schedule;
+    assert_eq!(schedule("same.toml"), Schedule::Plateau { factor: 0.1, patience: 4, min_lr: 1e-5, warmup: 0.1 });
+    assert_eq!(schedule("other.toml"), Schedule::Cosine { warmup: 0.0, floor: 0.2 });
+}
+
+#[test]
+fn circles_and_broken_parents_are_refused() {
+    let (_folder, at) = files(&[
+        ("a.toml", "extends = \"b.toml\"\n"),
+        ("b.toml", "\nextends = \"./a.toml\"\n"),
+        ("self.toml", "extends = \"self.toml\"\n"),
+        ("typo.toml", "extends = \"llama/lolcat\"\n"),
+        ("gone.toml", "extends = \"gone/base.toml\"\n"),
+        ("list.toml", "extends = [\"llama/lolcats\"]\n"),
+    ]);
+    let first = |name: &str| refused(&at(name), &[]).lines().next().unwrap().to_string();
+    let circle = "b.toml:2:11: recipes extend each other in a circle: `a.toml` extends `b.toml` extends `./a.toml`";
+    assert_eq!(first("a.toml"), circle);
+    assert!(first("self.toml").contains("`self.toml` extends `self.toml`"));
+    assert_eq!(first("typo.toml"), "typo.toml:1:11: there is no recipe `llama/lolcat`");
+    assert!(refused(&at("typo.toml"), &[]).contains("did you mean `llama/lolcats`?"));
+    assert!(first("gone.toml").starts_with("gone.toml:1:11: cannot read the recipe `gone/base.toml`"));
+    assert!(refused(&at("list.toml"), &[]).contains("list.toml:1:11: `extends` must be a string"));
+}
+
+#[test]
+fn set_changes_any_key_last() {
+    let sets = [
+        "transfer.tokens=2e4",
+        "recover.tokens = 30_000",
+        "layers={keep=[0, 3]}",
+        "mixer.window=16",
+        "mixer.window_kind=terraced",
+        "recover.schedule.floor=0.1",
+        "recover.schedule.kind=cosine",
+        "base.revision=4e20",
+        "about=\"with = and spaces\"",
+        "data.sources=a.txt",
+        "recover.lora.targets=[\"v_proj\"]",
+        "transfer.lr=1",
+        "seed=1",
+        "seed=7",
+    ];
+    let recipe = load("llama/3.2-1b-lolcats", &sets).recipe;
+    assert_eq!((recipe.transfer.tokens, recipe.recover.tokens, recipe.seed), (20_000, 30_000, 7));
+    assert_eq!(recipe.converted(5).unwrap(), [1, 2, 4]);
+    assert_eq!(recipe.recover.schedule, Schedule::Cosine { warmup: 0.0, floor: 0.1 });
+    assert_eq!(recipe.base.revision.as_deref(), Some("4e20"));
+    assert_eq!((recipe.about.as_str(), recipe.data.sources), ("with = and spaces", vec!["a.txt".to_string()]));
+    assert_eq!((recipe.recover.lora.targets, recipe.transfer.lr), (vec!["v_proj".to_string()], 1.0));
+    let Mixer::Lolcats(config) = recipe.mixer;
+    assert_eq!(config.window, 16);
+
+    assert_eq!(load("llama/lolcats", &["layers=[1]"]).recipe.layers, Layers::Only(vec![1]));
+    assert_eq!(load("llama/lolcats", &["layers=all"]).recipe.converted(2).unwrap(), [0, 1]);
+    assert!(load("llama/lolcats", &["layers=[9]"]).recipe.converted(2).is_err());
+}
+
+#[test]
+fn tokens_are_bounded_by_epochs() {
+    let transfer = load("llama/lolcats", &["transfer.epochs=1.5"]).recipe.transfer;
+    assert_eq!((transfer.budget(1_000), transfer.budget(1 << 40)), (1_500, 20_000_000));
+    let recover = load("tiny/lolcats", &["recover.tokens=500"]).recipe.recover;
+    assert_eq!(recover.budget(1), 500);
+}
+
+#[test]
+fn the_defaults_are_shown_with_comments() {
+    let text = load("tiny/lolcats", &["layers={keep=[0]}", "transfer.schedule={kind=\"constant\"}"]).text;
+    let part = |from: &str, lines: usize| {
+        let at = text.find(from).unwrap_or_else(|| panic!("{text}"));
+        text[at..].lines().take(lines).collect::<Vec<_>>().join("\n")
+    };
+    insta::assert_snapshot!(part("# Which layers", 9), @r##"
+    # Which layers are converted: `"all"`, a list of indices, or `{ keep = [...] }` for the ones that stay softmax.
+    layers = { keep = [0] }
+
+    # The checkpoint the recipe was written for.
+    [base]
+    # Hub id, `org/name`.
+    # repo =
+    # Commit, branch or tag.
+    # revision =
+    "##);
+    insta::assert_snapshot!(part("[transfer.schedule]", 3), @r##"
+    [transfer.schedule]
+    kind = "constant"
+    # Share of the steps spent warming up linearly.
+    "##);
+    insta::assert_snapshot!(part("# Added to", 2), @r##"
+    # Added to the root of the second moment.
+    eps = 1e-8
+    "##);
+}
