@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::data::{RecallItem, Split};
 use crate::data::tokenizer::Tokenizer;
+use crate::data::{RecallItem, Split};
 use crate::error::Result;
 use crate::generate::{Sampler, generate};
 use crate::model::{Decoder, Net};
@@ -57,8 +57,7 @@ pub fn quality(model: Subject, teacher: Option<Subject>, rows: &Split, progress:
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
         let targets = batch.targets.flatten_all()?;
         let taught = teacher.map(|t| Ok::<_, crate::Error>((t, t.hidden(&batch.inputs)?))).transpose()?;
-        let target =
-            Target { tokens: &targets, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 1.0 };
+        let target = Target { tokens: &targets, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 1.0 };
         sums += match &taught {
             None => measure(&hidden, &model.decoder.head, &target)?,
             Some((t, other)) => {

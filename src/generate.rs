@@ -79,7 +79,7 @@ pub fn generate(
     let (decoder, net) = (model.decoder, model.net);
     let mut states = net.states();
     let started = std::time::Instant::now();
-    let mut next = |ids: &[u32], states: &mut [_]| -> Result<Vec<f32>> {
+    let next = |ids: &[u32], states: &mut [_]| -> Result<Vec<f32>> {
         let ids = Tensor::new(ids, &decoder.device)?.unsqueeze(0)?;
         let hidden = decoder.extend(&ids, net, states)?;
         let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.flatten(0, 1)?.contiguous()?;

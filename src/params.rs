@@ -26,7 +26,10 @@ pub enum Init {
     /// Every matrix of the last two axes is the rectangular identity.
     Identity,
     /// U(-bound, bound); tensors of a layer with the same `stream` start alike.
-    Uniform { bound: f64, stream: u64 },
+    Uniform {
+        bound: f64,
+        stream: u64,
+    },
 }
 
 impl Init {

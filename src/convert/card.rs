@@ -26,10 +26,16 @@ pub fn card(manifest: &Manifest, report: &Report, linearization: Option<&Lineari
                 manifest.margay,
                 manifest.recipe_origin
             );
-            text.push_str("Run it: `margay generate <this folder> --prompt \"...\"`. The state does not grow with the text.\n");
+            text.push_str(
+                "Run it: `margay generate <this folder> --prompt \"...\"`. The state does not grow with the text.\n",
+            );
         }
         None => {
-            let _ = writeln!(text, "`{}`{revision}, every layer kept. Written by margay {}.", manifest.source, manifest.margay);
+            let _ = writeln!(
+                text,
+                "`{}`{revision}, every layer kept. Written by margay {}.",
+                manifest.source, manifest.margay
+            );
         }
     }
 
@@ -47,7 +53,8 @@ pub fn card(manifest: &Manifest, report: &Report, linearization: Option<&Lineari
     }
     text.push_str("\n## Decoding\n\n| context | tokens/s | state | teacher's cache |\n|---:|---:|---:|---:|\n");
     for s in &report.speeds {
-        let (state, cache) = (super::plan::bytes(s.state_bytes as u64), super::plan::bytes(s.teacher_cache_bytes as u64));
+        let (state, cache) =
+            (super::plan::bytes(s.state_bytes as u64), super::plan::bytes(s.teacher_cache_bytes as u64));
         let _ = writeln!(text, "| {} | {:.0} | {state} | {cache} |", s.context, s.tokens_per_second);
     }
     if report.linear_shares.iter().any(|s| s.is_some()) {
@@ -59,7 +66,13 @@ pub fn card(manifest: &Manifest, report: &Report, linearization: Option<&Lineari
     let _ = writeln!(text, "\n## Training\n\nText: {}.\n", manifest.data);
     for (name, outcome) in &manifest.stages {
         let of = |key: &str| outcome.get(key).cloned().unwrap_or_default();
-        let _ = writeln!(text, "- {name}: {} tokens, {} steps, {:.0} s", of("tokens"), of("steps"), of("seconds").as_f64().unwrap_or(0.0));
+        let _ = writeln!(
+            text,
+            "- {name}: {} tokens, {} steps, {:.0} s",
+            of("tokens"),
+            of("steps"),
+            of("seconds").as_f64().unwrap_or(0.0)
+        );
     }
     let _ = writeln!(text, "\n## Recipe\n\n```toml\n{}```", manifest.recipe.to_toml());
     text

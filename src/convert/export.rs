@@ -133,8 +133,8 @@ pub fn export(
     entries.sort_by_key(|e| natural(&e.name));
 
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-    let metadata = [("format".to_string(), "pt".to_string())].into();
-    let written = writer::write_sharded(dir, entries, max_shard_bytes, metadata, progress)?;
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    let written = writer::write_sharded(dir, entries, max_shard_bytes, &metadata, progress)?;
     let mut files: Vec<FileRow> = written.into_iter().map(row).collect();
     let mut put = |name: &str, bytes: &[u8]| -> Result<()> {
         write_atomic(&dir.join(name), bytes)?;

@@ -83,9 +83,7 @@ impl Description {
             None => families::of(&headers.config)?,
         };
         let added = linearization.as_ref().map(|l| l.tensors(&architecture)).unwrap_or_default();
-        if let Some(layer) =
-            linearization.iter().flat_map(|l| &l.layers).find(|layer| **layer >= architecture.layers)
-        {
+        if let Some(layer) = linearization.iter().flat_map(|l| &l.layers).find(|layer| **layer >= architecture.layers) {
             let message = format!("{}: `linearization.layers` names layer {layer}", headers.config.file());
             return Err(Error::new(Kind::Config, message).hint(format!("the model has {} layers", architecture.layers)));
         }

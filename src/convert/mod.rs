@@ -101,7 +101,7 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         source: headers.digest(),
         data: corpus.digest().to_string(),
         seed: recipe.seed,
-        version: env!("CARGO_PKG_VERSION").into(),
+        program: env!("CARGO_PKG_VERSION").into(),
     };
     let mut run = RunDir::open(out, &fingerprint, options.restart)?;
     let mut decoder = model.decoder(device, progress)?;

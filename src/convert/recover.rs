@@ -116,8 +116,7 @@ impl Task for Recover<'_> {
             let hidden = self.decoder.hidden(&batch.inputs, self.student)?.flatten(0, 1)?;
             let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
             let tokens = batch.targets.flatten_all()?;
-            let target =
-                Target { tokens: &tokens, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 0.0 };
+            let target = Target { tokens: &tokens, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 0.0 };
             sums += measure(&hidden, &self.decoder.head, &target)?;
         }
         Ok(vec![sums.nll / sums.rows.max(1.0)])

@@ -116,7 +116,12 @@ pub fn verify(
         let (wanted, found) = (logits(student)?, logits(subject)?);
         let difference = largest(&(&found - &wanted)?)? / largest(&wanted)?.max(1e-9);
         let limit = tolerance(device);
-        report.check("logits equal the model in memory", format!("{difference:.1e}"), &format!("≤ {limit:.0e}"), difference <= limit);
+        report.check(
+            "logits equal the model in memory",
+            format!("{difference:.1e}"),
+            &format!("≤ {limit:.0e}"),
+            difference <= limit,
+        );
     } else if let Some(reference) = &manifest.reference {
         let found = export::reference(&decoder, &net, &reference.ids)?;
         let of = |token: u32| found.top.iter().find(|(t, _)| *t == token).map(|(_, z)| *z);
@@ -124,7 +129,12 @@ pub fn verify(
         let gap = |(t, z): &(u32, f32)| of(*t).map_or(f32::INFINITY, |found| (found - z).abs() / scale);
         let worst = reference.top.iter().take(8).map(gap).fold(0f32, f32::max) as f64;
         let limit = tolerance(device);
-        report.check("logits equal those at conversion", format!("{worst:.1e}"), &format!("≤ {limit:.0e}"), worst <= limit);
+        report.check(
+            "logits equal those at conversion",
+            format!("{worst:.1e}"),
+            &format!("≤ {limit:.0e}"),
+            worst <= limit,
+        );
     }
     recurrence(&mut report, subject, &ids, device)?;
 

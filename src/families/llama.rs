@@ -78,9 +78,7 @@ fn rope(config: &Config, max_positions: usize) -> Result<Rope> {
     let scaling = match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: keys.f64("factor")? },
-        "dynamic" => {
-            RopeScaling::Dynamic { factor: keys.f64("factor")?, original: original.unwrap_or(max_positions) }
-        }
+        "dynamic" => RopeScaling::Dynamic { factor: keys.f64("factor")?, original: original.unwrap_or(max_positions) },
         "llama3" => RopeScaling::Llama3 {
             factor: keys.f64("factor")?,
             low: keys.f64("low_freq_factor")?,

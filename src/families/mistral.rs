@@ -9,5 +9,12 @@ pub const FAMILY: Family =
 
 fn read(config: &Config) -> Result<Architecture> {
     let window = config.opt_usize("sliding_window")?;
-    Ok(Architecture { family: FAMILY.name, window, qkv_bias: false, o_bias: false, mlp_bias: false, ..llama::read(config)? })
+    Ok(Architecture {
+        family: FAMILY.name,
+        window,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        ..llama::read(config)?
+    })
 }

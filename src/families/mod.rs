@@ -65,11 +65,21 @@ pub struct Rope {
 pub enum RopeScaling {
     None,
     /// Positions divided by `factor`.
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// Theta grows with the sequence once it is longer than `original` positions.
-    Dynamic { factor: f64, original: usize },
+    Dynamic {
+        factor: f64,
+        original: usize,
+    },
     /// Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1).
-    Llama3 { factor: f64, low: f64, high: f64, original: usize },
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: usize,
+    },
 }
 
 impl Rope {

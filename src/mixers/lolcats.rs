@@ -18,11 +18,8 @@ use crate::ops::hybrid_attn::{HybridAttn, MIN_DENOMINATOR, Window, sigmoid};
 use crate::ops::softmax_attn::repeat_kv;
 use crate::params::{Init, Param};
 
-pub const DEF: MixerDef = MixerDef {
-    name: "lolcats",
-    about: "learned feature maps beside a softmax window, one denominator",
-    variants,
-};
+pub const DEF: MixerDef =
+    MixerDef { name: "lolcats", about: "learned feature maps beside a softmax window, one denominator", variants };
 
 /// Keys of `[mixer]` with `kind = "lolcats"`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -106,7 +103,13 @@ fn variants() -> Vec<Box<dyn Design>> {
         Config { feature_map: FeatureMap::Elu, ..base.clone() },
         Config { tie_qk: true, identity_init: false, ..base.clone() },
         Config { skip_connection: true, ..base },
-        Config { feature_map: FeatureMap::Relu, bias: Bias::Head, identity_init: false, feature_dim: 12, ..linear.clone() },
+        Config {
+            feature_map: FeatureMap::Relu,
+            bias: Bias::Head,
+            identity_init: false,
+            feature_dim: 12,
+            ..linear.clone()
+        },
         Config { bias: Bias::Full, ..linear },
     ];
     list.into_iter().map(|c| Box::new(c) as Box<dyn Design>).collect()
@@ -188,7 +191,7 @@ impl Design for Config {
         let sources = (0..a.heads).chain((0..a.heads).map(|h| a.heads + h / group)).collect();
         let affine = self.affine && self.window > 0;
         let attn = HybridAttn { heads: a.heads, kv_heads: a.kv_heads, window: self.op_window(), affine };
-        Box::new(Lolcats { config: self.clone(), attn, sources, head_dim: a.head_dim, cols: self.cols(a), params })
+        Box::new(Lolcats { config: self.clone(), attn, sources, cols: self.cols(a), params })
     }
 
     fn state_bytes(&self, a: &Architecture, context: usize, element: usize) -> usize {
@@ -209,7 +212,6 @@ struct Lolcats {
     attn: HybridAttn,
     /// Head that each map reads: queries, then for every query head its key head.
     sources: Vec<usize>,
-    head_dim: usize,
     cols: usize,
     params: Vec<Param>,
 }

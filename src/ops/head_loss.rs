@@ -49,7 +49,7 @@ impl std::ops::AddAssign for Sums {
 }
 
 /// Rows whose logits are in memory at once: near 64 MB of them.
-fn block_rows(vocab: usize) -> usize {
+pub fn block_rows(vocab: usize) -> usize {
     ((16 << 20) / vocab).clamp(16, 1024)
 }
 

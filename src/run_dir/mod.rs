@@ -212,6 +212,16 @@ impl RunDir {
         self.retain_log(|line| line["stage"] != stage || line["step"].as_u64().is_some_and(|at| at <= step))
     }
 
+    /// Puts the training log beside the exported model.
+    pub fn copy_log(&self, export: &Path) -> Result<()> {
+        let path = self.log_path();
+        match fs::read(&path) {
+            Ok(text) => write_atomic(&export.join("training.jsonl"), &text),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io("read", &path, e)),
+        }
+    }
+
     /// Renames the finished export to `out` and removes the work folder.
     pub fn finish(self) -> Result<()> {
         let RunDir { out, work, _lock: lock, .. } = self;
@@ -249,7 +259,7 @@ impl RunDir {
 }
 
 /// Refuses an output folder that has something in it.
-fn refuse_taken(out: &Path) -> Result<()> {
+pub fn refuse_taken(out: &Path) -> Result<()> {
     let empty = match fs::read_dir(out) {
         Ok(mut entries) => entries.next().is_none(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => true,

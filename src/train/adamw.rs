@@ -43,7 +43,11 @@ impl Refused {
 impl AdamW {
     pub fn new(params: &[Param], settings: &Optimizer) -> TensorResult<Self> {
         let zeros = |p: &Param| Ok((p.var.zeros_like()?, p.var.zeros_like()?));
-        Ok(AdamW { settings: settings.clone(), moments: params.iter().map(zeros).collect::<TensorResult<_>>()?, steps: 0 })
+        Ok(AdamW {
+            settings: settings.clone(),
+            moments: params.iter().map(zeros).collect::<TensorResult<_>>()?,
+            steps: 0,
+        })
     }
 
     /// First and second moment of a parameter.

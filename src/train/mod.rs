@@ -137,16 +137,10 @@ pub fn run(
             let first = task.evaluate(valid)?;
             check_finite(task, stage, 0, "validation loss", &first)?;
             run_dir.append_log(&json!({"stage": stage, "step": 0, "valid": first}))?;
-            let outcome = Outcome {
-                best_step: vec![0; first.len()],
-                best: first.clone(),
-                first,
-                ..Outcome::default()
-            };
+            let outcome = Outcome { best_step: vec![0; first.len()], best: first.clone(), first, ..Outcome::default() };
             (0, Position { outcome, rate: Rate::new(settings.schedule, settings.steps, settings.lr) })
         }
     };
-    run_dir.truncate_log(stage, step)?;
 
     let tokens = (settings.batch * train.seq_len()) as u64;
     progress.begin(stage, settings.steps * tokens, step * tokens, "tokens");
@@ -172,7 +166,9 @@ pub fn run(
         position.outcome.steps = step;
         position.outcome.tokens = step * tokens;
         let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
-        run_dir.append_log(&json!({"stage": stage, "step": step, "loss": loss, "losses": losses, "lr": lr, "grad_norm": norm}))?;
+        run_dir.append_log(
+            &json!({"stage": stage, "step": step, "loss": loss, "losses": losses, "lr": lr, "grad_norm": norm}),
+        )?;
         progress.advance(tokens, &format!("loss {loss:.4}"));
 
         if step.is_multiple_of(settings.eval_every.max(1) as u64) || step == settings.steps {
@@ -180,7 +176,10 @@ pub fn run(
             check_finite(task, stage, step, "validation loss", &valid)?;
             run_dir.append_log(&json!({"stage": stage, "step": step, "valid": valid}))?;
             let outcome = &mut position.outcome;
-            for (part, loss) in valid.iter().enumerate().filter(|(part, loss)| **loss < outcome.best[*part]) {
+            for (part, loss) in valid.iter().enumerate() {
+                if *loss >= outcome.best[part] {
+                    continue;
+                }
                 outcome.best[part] = *loss;
                 outcome.best_step[part] = step;
                 for (i, param) in params.iter().enumerate().filter(|(i, _)| task.part(*i) == part) {
@@ -204,7 +203,8 @@ pub fn run(
             saved_at = Instant::now();
         }
         if stop && step < settings.steps {
-            let message = format!("stopped in stage `{stage}` after step {step} of {}; progress is saved", settings.steps);
+            let message =
+                format!("stopped in stage `{stage}` after step {step} of {}; progress is saved", settings.steps);
             return Err(Error::new(Kind::Interrupted, message).hint("the same command continues from here"));
         }
     }
@@ -231,7 +231,8 @@ fn check_finite(task: &dyn Task, stage: &str, step: u64, what: &str, losses: &[f
     match losses.iter().position(|l| !l.is_finite()) {
         None => Ok(()),
         Some(part) => {
-            let message = format!("{what} of {} is {} at step {step} of stage `{stage}`", task.part_name(part), losses[part]);
+            let message =
+                format!("{what} of {} is {} at step {step} of stage `{stage}`", task.part_name(part), losses[part]);
             Err(Error::new(Kind::Training, message)
                 .hint(format!("lower `{stage}.lr` or set `{stage}.optimizer.clip`; the last good checkpoint is kept")))
         }

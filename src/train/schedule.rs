@@ -28,7 +28,9 @@ impl Rate {
     /// Factor of the update that follows `step` finished ones.
     pub fn at(&self, step: u64) -> f64 {
         let warmup = match self.schedule {
-            Schedule::Constant { warmup } | Schedule::Cosine { warmup, .. } | Schedule::Plateau { warmup, .. } => warmup,
+            Schedule::Constant { warmup } | Schedule::Cosine { warmup, .. } | Schedule::Plateau { warmup, .. } => {
+                warmup
+            }
         };
         let rise = (warmup * self.steps as f64).round();
         if (step as f64) < rise {

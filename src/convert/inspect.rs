@@ -1,0 +1,231 @@
+//! What a model is, from headers alone: its numbers, the attention of every layer, and the size of its state beside a KV
+//! cache.
+
+use safetensors::Dtype;
+use serde::Serialize;
+
+use super::load::{Description, Linearization};
+use super::plan::{Section, bytes, count, dtypes, ranges};
+use crate::checkpoint::Headers;
+use crate::error::Result;
+use crate::families::{Architecture, Claim, RopeScaling};
+use crate::mixers::Design;
+use crate::mixers::softmax::Softmax;
+use crate::recipe::Mixer;
+
+/// Contexts at which the state is sized.
+const CONTEXTS: [usize; 4] = [1024, 8192, 32_768, 131_072];
+/// Bytes of a key or value in caches and windows.
+const ELEMENT: usize = 2;
+
+/// What a model is.
+#[derive(Debug, Clone, Serialize)]
+pub struct Inspection {
+    /// As the user typed it.
+    pub id: String,
+    /// The commit, where it comes from the hub.
+    pub revision: Option<String>,
+    pub family: &'static str,
+    pub hidden: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub intermediate: usize,
+    pub vocab: usize,
+    /// Positions the model was made for.
+    pub context: usize,
+    /// Keys each row of its softmax sees, where that is limited.
+    pub sliding_window: Option<usize>,
+    pub rope: Rope,
+    /// The attention of every layer.
+    pub mixers: Vec<&'static str>,
+    pub parameters: Parameters,
+    pub bytes: u64,
+    /// Precisions of the tensors, the most frequent first.
+    pub dtypes: Vec<Dtype>,
+    /// Whether there were weights, or only a `config.json` that describes them.
+    pub weights: bool,
+    /// How a converted model came to be.
+    pub linearization: Option<Linearization>,
+    pub state: State,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Rope {
+    pub theta: f64,
+    /// In words.
+    pub scaling: String,
+}
+
+/// Numbers of weights; a tied head counts as embedding.
+#[derive(Debug, Clone, Serialize)]
+pub struct Parameters {
+    pub total: u64,
+    pub embedding: u64,
+    pub head: u64,
+    /// One block without what a mixer adds.
+    pub block: u64,
+    /// All that the mixers add.
+    pub mixers: u64,
+}
+
+/// What a sequence's memory costs: linear states in f32, keys and values in two bytes an element.
+#[derive(Debug, Clone, Serialize)]
+pub struct State {
+    /// The mixer of the converted layers; in a model that is not converted, what all of them would be.
+    pub mixer: &'static str,
+    /// Whether the model has that mixer.
+    pub converted: bool,
+    /// One converted layer's state where nothing is in its window.
+    pub fixed_per_layer: usize,
+    /// The KV cache of all layers, for each token.
+    pub cache_per_token: usize,
+    pub sizes: Vec<Size>,
+    /// Tokens from which on the state is smaller than the cache; `None` where it never is.
+    pub break_even: Option<usize>,
+}
+
+/// Bytes of one sequence after `context` tokens, all layers.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Size {
+    pub context: usize,
+    pub state: usize,
+    pub cache: usize,
+}
+
+impl Inspection {
+    /// Errors: a model of no known family, or one whose tensors do not fit its `config.json`.
+    pub fn of(headers: &Headers) -> Result<Inspection> {
+        let Description { family, architecture: a, claims, linearization } = Description::of(headers)?;
+        let sum = |wanted: fn(&Claim) -> bool| -> u64 {
+            let names = claims.iter().filter(|(_, claim)| wanted(claim)).map(|(name, _)| name);
+            names.filter_map(|name| headers.tensors.get(name)).map(|info| info.elements()).sum()
+        };
+        let embedding = (a.vocab * a.hidden) as u64;
+        let converted = |layer: usize| linearization.as_ref().filter(|l| l.layers.contains(&layer));
+        let mixer = |layer: usize| converted(layer).map_or(Softmax.name(), |l| l.mixer.design().name());
+        Ok(Inspection {
+            id: headers.source.id.clone(),
+            revision: headers.source.revision.clone(),
+            family: family.name,
+            hidden: a.hidden,
+            heads: a.heads,
+            kv_heads: a.kv_heads,
+            head_dim: a.head_dim,
+            intermediate: a.intermediate,
+            vocab: a.vocab,
+            context: a.max_positions,
+            sliding_window: a.window,
+            rope: Rope { theta: a.rope.theta, scaling: scaling(&a.rope.scaling) },
+            mixers: (0..a.layers).map(mixer).collect(),
+            parameters: Parameters {
+                total: sum(|c| matches!(c, Claim::Reads(_) | Claim::Mixer)),
+                embedding,
+                head: if a.tied { 0 } else { embedding },
+                block: a.block_parameters() as u64,
+                mixers: sum(|c| *c == Claim::Mixer),
+            },
+            bytes: headers.bytes(),
+            dtypes: dtypes(headers),
+            weights: !headers.files.is_empty(),
+            state: State::of(&a, linearization.as_ref()),
+            linearization,
+        })
+    }
+
+    /// The same in tables.
+    pub fn sections(&self) -> Vec<Section> {
+        let dtypes: Vec<String> = self.dtypes.iter().map(|d| d.to_string()).collect();
+        let (p, s) = (&self.parameters, &self.state);
+        let of = |name: &str| -> Vec<usize> { (0..self.mixers.len()).filter(|l| self.mixers[*l] == name).collect() };
+        let mut names: Vec<&str> = self.mixers.clone();
+        names.sort_unstable();
+        names.dedup();
+        let mixers: Vec<String> = names.iter().map(|name| format!("{name} in {}", ranges(&of(name)))).collect();
+        let window = self.sliding_window.map(|w| format!(", softmax sees {w} keys")).unwrap_or_default();
+        let weights = if self.weights { "" } else { ", as config.json says" };
+        let model = Section::list(
+            "Model",
+            [
+                ("model", self.id.clone()),
+                ("revision", self.revision.clone().unwrap_or_else(|| "local".into())),
+                ("family", self.family.into()),
+                ("layers", format!("{}: {}", self.mixers.len(), mixers.join("; "))),
+                ("heads", format!("{} of {}, {} key heads", self.heads, self.head_dim, self.kv_heads)),
+                ("widths", format!("hidden {}, MLP {}, vocabulary {}", self.hidden, self.intermediate, self.vocab)),
+                ("context", format!("{}{window}", self.context)),
+                ("rope", format!("theta {}, {}", self.rope.theta, self.rope.scaling)),
+                ("parameters", format!("{}{weights}", count(p.total))),
+                (
+                    "",
+                    format!("embedding {}, head {}, each block {}", count(p.embedding), count(p.head), count(p.block)),
+                ),
+                ("", format!("mixers {}", count(p.mixers))),
+                ("weights", format!("{}, {}", bytes(self.bytes), dtypes.join(" and "))),
+            ],
+        );
+        let row = |size: &Size| {
+            let share = size.cache as f64 / size.state.max(1) as f64;
+            let (state, cache) = (bytes(size.state as u64), bytes(size.cache as u64));
+            vec![size.context.to_string(), state, cache, format!("{share:.2} x")]
+        };
+        let mut rows: Vec<_> = s.sizes.iter().map(row).collect();
+        let even = s.break_even.map_or("never".into(), |n| n.to_string());
+        rows.push(vec!["even at".into(), even, String::new(), String::new()]);
+        let state = if s.converted { "state" } else { "state if converted to lolcats" };
+        vec![
+            model,
+            Section { title: "Memory of one sequence", columns: vec!["tokens", state, "KV cache", "saved"], rows },
+        ]
+    }
+}
+
+impl State {
+    fn of(a: &Architecture, linearization: Option<&Linearization>) -> State {
+        let all = (0..a.layers).collect();
+        let (mixer, layers) = match linearization {
+            Some(l) => (l.mixer.clone(), l.layers.clone()),
+            None => (Mixer::Lolcats(Default::default()), all),
+        };
+        let design = mixer.design();
+        let kept = a.layers - layers.len().min(a.layers);
+        let size = |context| {
+            let softmax = Softmax.state_bytes(a, context, ELEMENT);
+            let linear = design.state_bytes(a, context, ELEMENT);
+            Size { context, state: layers.len() * linear + kept * softmax, cache: a.layers * softmax }
+        };
+        State {
+            mixer: design.name(),
+            converted: linearization.is_some(),
+            fixed_per_layer: design.state_bytes(a, 0, ELEMENT),
+            cache_per_token: size(1).cache,
+            sizes: CONTEXTS.map(size).to_vec(),
+            break_even: break_even(|context| size(context).state < size(context).cache),
+        }
+    }
+}
+
+/// The first context that is `smaller`; once one is, all later ones are.
+fn break_even(smaller: impl Fn(usize) -> bool) -> Option<usize> {
+    let above = (0..32).map(|bit| 1usize << bit).find(|context| smaller(*context))?;
+    let (mut low, mut high) = (above / 2, above); // not smaller, smaller
+    while high - low > 1 {
+        let middle = low.midpoint(high);
+        match smaller(middle) {
+            true => high = middle,
+            false => low = middle,
+        }
+    }
+    Some(high)
+}
+
+fn scaling(scaling: &RopeScaling) -> String {
+    match scaling {
+        RopeScaling::None => "not scaled".into(),
+        RopeScaling::Linear { factor } => format!("linear x {factor}"),
+        RopeScaling::Dynamic { factor, original } => format!("dynamic x {factor} beyond {original}"),
+        RopeScaling::Llama3 { factor, low, high, original } => {
+            format!("llama3 x {factor} beyond {original}, ramp {low} to {high}")
+        }
+    }
+}

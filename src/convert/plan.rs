@@ -1,0 +1,354 @@
+//! Everything a conversion would do, from `config.json` and safetensors headers alone: the fate of every tensor, what
+//! trains, for how long and in how much memory.
+//!
+//! The plan is a contract: the stages follow its layers, steps and micro-batches, and verification compares the export
+//! with [`Plan::exported`].
+
+mod cost;
+mod table;
+
+use std::collections::BTreeMap;
+
+use safetensors::Dtype;
+use serde::Serialize;
+
+pub use cost::{Memory, PlanDevice, Stage, micro_batch, steps};
+pub use table::{Section, bytes, count, ranges};
+
+use super::load::{Description, Linearization, tensor_name};
+use crate::checkpoint::{Config, Headers, Place, Source, TensorInfo, byte_size};
+use crate::error::{Error, Kind, Result};
+use crate::families::{self, Architecture, Claim, Projection, Role};
+use crate::mixers::Design;
+use crate::params::Init;
+use crate::recipe::{self, Loaded};
+
+/// A conversion before it happens.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    pub model: Model,
+    pub recipe: Recipe,
+    pub device: PlanDevice,
+    pub layers: Layers,
+    /// Every tensor of the source, then every new one, each by name.
+    pub tensors: Vec<Tensor>,
+    /// Number and size of the tensors of each fate.
+    pub fates: BTreeMap<Fate, Total>,
+    /// The training stages that run, in order.
+    pub stages: Vec<Stage>,
+    pub disk: Disk,
+    /// What the user should look at.
+    pub warnings: Vec<String>,
+}
+
+/// The source model.
+#[derive(Debug, Clone, Serialize)]
+pub struct Model {
+    /// As the user typed it.
+    pub id: String,
+    /// The commit, where it comes from the hub.
+    pub revision: Option<String>,
+    pub family: &'static str,
+    pub layers: usize,
+    pub parameters: u64,
+    pub bytes: u64,
+    /// Precisions of the tensors, the most frequent first.
+    pub dtypes: Vec<Dtype>,
+    /// Whether there were weights, or only a `config.json` that describes them.
+    pub weights: bool,
+}
+
+/// The recipe in short.
+#[derive(Debug, Clone, Serialize)]
+pub struct Recipe {
+    pub name: String,
+    pub about: String,
+    pub mixer: recipe::Mixer,
+}
+
+/// Which layers change their attention, ascending.
+#[derive(Debug, Clone, Serialize)]
+pub struct Layers {
+    pub converted: Vec<usize>,
+    pub kept: Vec<usize>,
+}
+
+/// What becomes of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fate {
+    /// Exported byte for byte.
+    Kept,
+    /// Exported with an adapter folded in, in its own precision.
+    Merged,
+    /// The second spelling of a tied embedding, exported byte for byte.
+    Tied,
+    /// Not exported.
+    Dropped,
+    /// Added by a mixer, in f32.
+    New,
+}
+
+/// One tensor and its fate.
+#[derive(Debug, Clone, Serialize)]
+pub struct Tensor {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: u64,
+    pub fate: Fate,
+    /// Why it is dropped, what is merged into it, how it starts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Total {
+    pub tensors: usize,
+    pub bytes: u64,
+}
+
+/// Bytes on disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct Disk {
+    /// The exported weights.
+    pub export: u64,
+    /// Saved training states: parameters, best parameters and both moments, the last state and the one before it.
+    pub run: u64,
+    /// Shards to download where the cache does not hold them yet; 0 for a local folder.
+    pub download: u64,
+}
+
+impl Plan {
+    /// Plans a conversion. `train_tokens` is one pass over the training text, where that is known: it bounds stages with
+    /// `epochs`.
+    ///
+    /// Errors: a tensor that is missing, misshapen, unknown or of a type that is not read; a model that was converted
+    /// before; layers out of range; a mixer or adapter that does not fit the model.
+    pub fn of(headers: &Headers, loaded: &Loaded, device: PlanDevice, train_tokens: Option<u64>) -> Result<Plan> {
+        let description = Description::of(headers)?;
+        if let Some(l) = &description.linearization {
+            let message = format!("`{}` was converted already, from `{}`", headers.source.id, l.teacher);
+            return Err(Error::new(Kind::Config, message).hint("give the original model"));
+        }
+        let (a, recipe) = (&description.architecture, &loaded.recipe);
+        let refuse = |text: String| {
+            Error::new(Kind::Recipe, format!("recipe `{}` does not fit `{}`: {text}", loaded.origin, headers.source.id))
+        };
+        let converted = recipe.converted(a.layers).map_err(refuse)?;
+        let design = recipe.mixer.design();
+        design.check(a).map_err(refuse)?;
+        let targets = lora_targets(&recipe.recover.lora)?;
+
+        let costs = cost::Costs::new(a, design, &converted, device);
+        let stages: Vec<Stage> =
+            [costs.transfer(&recipe.transfer, train_tokens), costs.recover(&recipe.recover, &targets, train_tokens)]
+                .into_iter()
+                .flatten()
+                .collect();
+
+        let adapted: &[Projection] = if stages.iter().any(|s| s.name == "recover") { &targets } else { &[] };
+        let merged = format!("LoRA of rank {}", recipe.recover.lora.rank);
+        let mut tensors = Vec::with_capacity(headers.tensors.len());
+        for (name, info) in &headers.tensors {
+            let claim = description.claims.get(name).copied();
+            tensors.push(source_tensor(headers, name, info, claim, adapted, &merged)?);
+        }
+        tensors.extend(converted.iter().flat_map(|layer| new_tensors(a, design, *layer)));
+
+        let mut fates: BTreeMap<Fate, Total> = BTreeMap::new();
+        for tensor in &tensors {
+            let total = fates.entry(tensor.fate).or_default();
+            total.tensors += 1;
+            total.bytes += tensor.bytes;
+        }
+        let export = tensors.iter().filter(|t| t.fate != Fate::Dropped).map(|t| t.bytes).sum();
+        let run = stages.iter().map(|s| s.trainable * 4 * 4 * 2).sum();
+        let download = if headers.source.repo.is_some() { headers.files.iter().map(|f| f.bytes).sum() } else { 0 };
+        Ok(Plan {
+            model: Model {
+                id: headers.source.id.clone(),
+                revision: headers.source.revision.clone(),
+                family: description.family.name,
+                layers: a.layers,
+                parameters: headers.parameters(),
+                bytes: headers.bytes(),
+                dtypes: dtypes(headers),
+                weights: !headers.files.is_empty(),
+            },
+            recipe: Recipe { name: loaded.origin.clone(), about: recipe.about.clone(), mixer: recipe.mixer.clone() },
+            device,
+            warnings: warnings(headers, a, recipe, &converted, &stages),
+            layers: Layers { kept: (0..a.layers).filter(|l| !converted.contains(l)).collect(), converted },
+            tensors,
+            fates,
+            stages,
+            disk: Disk { export, run, download },
+        })
+    }
+
+    /// A training stage (`transfer`, `recover`), where it runs.
+    pub fn stage(&self, name: &str) -> Option<&Stage> {
+        self.stages.iter().find(|s| s.name == name)
+    }
+
+    /// Name, shape and type of every tensor the export must hold.
+    pub fn exported(&self) -> BTreeMap<String, (Vec<usize>, Dtype)> {
+        let exported = self.tensors.iter().filter(|t| t.fate != Fate::Dropped);
+        exported.map(|t| (t.name.clone(), (t.shape.clone(), t.dtype))).collect()
+    }
+}
+
+/// Opens a model for planning or inspection: a hub id or a folder, which may hold a `config.json` alone.
+pub fn open(model: &str) -> Result<Headers> {
+    const WEIGHTS: [&str; 7] = [".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl"];
+    if let Place::Local(dir) = Place::of(model)? {
+        let entries = std::fs::read_dir(&dir).map_err(|e| Error::io("read the folder", &dir, e))?;
+        let names: Vec<_> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        let weights = names.iter().any(|n| WEIGHTS.iter().any(|end| n.ends_with(end)));
+        if names.iter().any(|n| n == "config.json") && !weights {
+            let config = Config::read(&dir.join("config.json"))?;
+            return described(config, Source { id: model.into(), dir: Some(dir), ..Source::default() });
+        }
+    }
+    Headers::open(model)
+}
+
+/// The headers that a `config.json` describes, for a model without weights: every tensor of its architecture in its
+/// `torch_dtype`, no files.
+pub fn described(config: Config, source: Source) -> Result<Headers> {
+    let linearization = Linearization::of(&config)?;
+    let (_, a) = match &linearization {
+        Some(l) => families::named(&config, &l.base_architectures)?,
+        None => families::of(&config)?,
+    };
+    let key = if config.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
+    let dtype = match config.opt_str(key)? {
+        None | Some("float32") => Dtype::F32,
+        Some("bfloat16") => Dtype::BF16,
+        Some("float16") => Dtype::F16,
+        Some(other) => return Err(config.wrong(key, &other.into(), "float32, bfloat16 or float16")),
+    };
+    let base = a.tensors().into_iter().map(|(name, (_, shape))| (name, shape, dtype));
+    let added = linearization.map(|l| l.tensors(&a)).unwrap_or_default();
+    let added = added.into_iter().map(|(name, shape)| (name, shape, Dtype::F32));
+    let mut tensors = BTreeMap::new();
+    for (name, shape, dtype) in base.chain(added) {
+        let bytes = byte_size(dtype, &shape).ok_or_else(|| {
+            Error::new(Kind::Config, format!("{}: `{name}` would have shape {shape:?}", config.file()))
+                .hint("check the sizes in config.json")
+        })?;
+        tensors.insert(name, TensorInfo { dtype, shape, bytes, file: 0, offset: 0 });
+    }
+    Ok(Headers { config, tensors, files: Vec::new(), side_files: Vec::new(), source })
+}
+
+/// The projections that `targets` names, in block order.
+pub fn lora_targets(lora: &recipe::Lora) -> Result<Vec<Projection>> {
+    let known = Projection::ALL.map(Projection::name);
+    if let Some(bad) = lora.targets.iter().find(|t| !known.contains(&t.as_str())) {
+        let message = format!("`recover.lora.targets` names `{bad}`, which is no projection");
+        return Err(Error::new(Kind::Recipe, message).hint(format!("known: {}", known.join(", "))));
+    }
+    Ok(Projection::ALL.into_iter().filter(|p| lora.targets.iter().any(|t| t == p.name())).collect())
+}
+
+fn source_tensor(
+    headers: &Headers,
+    name: &str,
+    info: &TensorInfo,
+    claim: Option<Claim>,
+    adapted: &[Projection],
+    merged: &str,
+) -> Result<Tensor> {
+    let (fate, note) = match claim {
+        Some(Claim::Reads(Role::Weight(_, p))) if adapted.contains(&p) => (Fate::Merged, Some(merged.to_string())),
+        Some(Claim::Reads(_) | Claim::Mixer) => (Fate::Kept, None),
+        Some(Claim::Tied) => (Fate::Tied, Some("same weights as the embedding".into())),
+        Some(Claim::Dropped) => (Fate::Dropped, Some("a buffer that is recomputed".into())),
+        None => {
+            let message = format!("`{name}` in `{}` was claimed by nothing", headers.source.id);
+            return Err(Error::new(Kind::Checkpoint, message));
+        }
+    };
+    if fate != Fate::Dropped && !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+        let message = format!("`{name}` in `{}` is {}; weights are F32, F16 or BF16", headers.source.id, info.dtype);
+        return Err(
+            Error::new(Kind::Checkpoint, message).hint("quantized checkpoints are not read; use the original weights")
+        );
+    }
+    Ok(Tensor { name: name.into(), dtype: info.dtype, shape: info.shape.clone(), bytes: info.bytes, fate, note })
+}
+
+/// What the mixer adds to a layer.
+fn new_tensors(a: &Architecture, design: &dyn Design, layer: usize) -> Vec<Tensor> {
+    let new = |spec: crate::mixers::Spec| Tensor {
+        name: tensor_name(layer, spec.name),
+        dtype: Dtype::F32,
+        bytes: 4 * spec.shape.iter().map(|d| *d as u64).product::<u64>(),
+        shape: spec.shape,
+        fate: Fate::New,
+        note: Some(match spec.init {
+            Init::Identity => "starts as the identity".into(),
+            Init::Constant(value) => format!("starts at {value:.4}"),
+            Init::Uniform { bound, .. } => format!("starts uniform in ±{bound:.4}"),
+        }),
+    };
+    design.specs(a).into_iter().map(new).collect()
+}
+
+/// Precisions of the tensors, the most frequent first.
+pub(super) fn dtypes(headers: &Headers) -> Vec<Dtype> {
+    let mut counts: Vec<(usize, Dtype)> = Vec::new();
+    for info in headers.tensors.values() {
+        match counts.iter_mut().find(|(_, dtype)| *dtype == info.dtype) {
+            Some((count, _)) => *count += 1,
+            None => counts.push((1, info.dtype)),
+        }
+    }
+    counts.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
+    counts.into_iter().map(|(_, dtype)| dtype).collect()
+}
+
+fn warnings(
+    headers: &Headers,
+    a: &Architecture,
+    recipe: &recipe::Recipe,
+    converted: &[usize],
+    stages: &[Stage],
+) -> Vec<String> {
+    let source = &headers.source;
+    let mut list = Vec::new();
+    if headers.files.is_empty() {
+        list.push(format!("`{}` has no weights: tensors are those its config.json describes", source.id));
+    } else if !headers.tokenizer() {
+        list.push(format!("`{}` has no tokenizer.json, which a conversion needs", source.id));
+    }
+    match (&recipe.base.repo, &source.repo) {
+        (Some(wanted), Some(given)) if wanted != given => {
+            list.push(format!("the recipe was written for `{wanted}`, not `{given}`"));
+        }
+        (Some(_), Some(given)) => {
+            if let (Some(wanted), Some(read)) = (&recipe.base.revision, &source.revision)
+                && !read.starts_with(wanted.as_str())
+            {
+                list.push(format!("the recipe was written for revision {wanted} of `{given}`, not {read}"));
+            }
+        }
+        _ => {}
+    }
+    if converted.is_empty() {
+        list.push("no layer is converted".into());
+    }
+    for stage in stages {
+        let Stage { name, seq_len, tokens_per_step, tokens, .. } = stage;
+        if *seq_len > a.max_positions {
+            let most = a.max_positions;
+            list.push(format!("`{name}.seq_len` {seq_len} is longer than the {most} positions the model was made for"));
+        }
+        if tokens < tokens_per_step {
+            list.push(format!("stage `{name}` has {tokens} tokens, less than the {tokens_per_step} of one step"));
+        }
+    }
+    list
+}
