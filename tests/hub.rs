@@ -3,8 +3,8 @@
 
 #[path = "common/hub_server.rs"]
 mod hub_server;
-#[path = "common/model_files.rs"]
-mod model_files;
+#[path = "common/safetensors_file.rs"]
+mod safetensors_file;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,7 +16,7 @@ use margay::checkpoint::hub::{Hub, Options};
 use margay::checkpoint::{Checkpoint, HubId};
 use margay::error::Kind;
 use margay::progress::Silent;
-use model_files::one_tensor;
+use safetensors_file::one_tensor;
 
 const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 

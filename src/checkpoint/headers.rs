@@ -276,7 +276,7 @@ fn parse_header(raw: &RawHeader, shown: &str, file: usize) -> Result<Vec<(String
         }
         tensors.push((start, name, TensorInfo { dtype, shape, bytes, file, offset: start }));
     }
-    tensors.sort_by(|a, b| (a.0, a.2.bytes).cmp(&(b.0, b.2.bytes)));
+    tensors.sort_by_key(|(start, _, info)| (*start, info.bytes));
 
     let data_start = 8 + raw.json.len() as u64;
     let mut covered = 0;

@@ -87,7 +87,7 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<String, Vec<u8>>, shared: &Mut
         return reply(&mut stream, 401, &[], b"", 0);
     }
     if let Some(rest) = path.strip_prefix("/api/models/org/tiny/").or(path.strip_prefix("/api/datasets/org/tiny/")) {
-        return match rest == format!("revision/main?blobs=true") || rest == format!("revision/{SHA}?blobs=true") {
+        return match rest == "revision/main?blobs=true" || rest == format!("revision/{SHA}?blobs=true") {
             true => reply(&mut stream, 200, &[], listing(files).as_bytes(), usize::MAX),
             false => reply(&mut stream, 404, &[], b"", 0),
         };

@@ -1,6 +1,4 @@
-//! Model folders made by hand, byte by byte, so that they can be broken in every way.
-
-use std::path::Path;
+//! Safetensors files made by hand, byte by byte, so that they can be broken in every way.
 
 /// A safetensors file from the text of its header and its data.
 pub fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
@@ -15,18 +13,4 @@ pub fn one_tensor(name: &str, values: &[f32]) -> Vec<u8> {
     let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let (count, end) = (values.len(), data.len());
     safetensors(&format!(r#"{{"{name}":{{"dtype":"F32","shape":[{count}],"data_offsets":[0,{end}]}}}}"#), &data)
-}
-
-/// A folder with a `config.json` and these files.
-pub fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    write(dir.path(), "config.json", br#"{"model_type": "llama", "hidden_size": 4}"#);
-    for (name, bytes) in files {
-        write(dir.path(), name, bytes);
-    }
-    dir
-}
-
-pub fn write(dir: &Path, name: &str, bytes: &[u8]) {
-    std::fs::write(dir.join(name), bytes).unwrap();
 }
