@@ -71,9 +71,10 @@ pub struct Converted {
 /// Converts a model. The same call continues an unfinished run; a finished one is refused.
 pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> {
     let started = Instant::now();
-    let (recipe, device, out) = (&options.recipe.recipe, &options.device, options.out.as_path());
+    let (device, out) = (&options.device, options.out.as_path());
     refuse_taken(out)?;
     let model = Model::open(&options.model, progress)?;
+    let recipe = &options.recipe.recipe.within(model.architecture().max_positions);
     let headers = model.checkpoint.headers();
     let early = Plan::of(headers, &options.recipe, device.into(), None)?;
     let stopped = |plan: Plan, seconds: f64| Ok(Converted { plan, report: None, seconds });

@@ -131,7 +131,8 @@ impl Plan {
             let message = format!("`{}` was converted already, from `{}`", headers.source.id, l.teacher);
             return Err(Error::new(Kind::Config, message).hint("give the original model"));
         }
-        let (a, recipe) = (&description.architecture, &loaded.recipe);
+        let a = &description.architecture;
+        let recipe = &loaded.recipe.within(a.max_positions);
         let refuse = |text: String| {
             Error::new(Kind::Recipe, format!("recipe `{}` does not fit `{}`: {text}", loaded.origin, headers.source.id))
         };
@@ -178,7 +179,7 @@ impl Plan {
             },
             recipe: Recipe { name: loaded.origin.clone(), about: recipe.about.clone(), mixer: recipe.mixer.clone() },
             device,
-            warnings: warnings(headers, a, recipe, &converted, &stages),
+            warnings: warnings(headers, &loaded.recipe, &converted, &stages),
             layers: Layers { kept: (0..a.layers).filter(|l| !converted.contains(l)).collect(), converted },
             tensors,
             fates,
@@ -310,13 +311,7 @@ pub(super) fn dtypes(headers: &Headers) -> Vec<Dtype> {
     counts.into_iter().map(|(_, dtype)| dtype).collect()
 }
 
-fn warnings(
-    headers: &Headers,
-    a: &Architecture,
-    recipe: &recipe::Recipe,
-    converted: &[usize],
-    stages: &[Stage],
-) -> Vec<String> {
+fn warnings(headers: &Headers, recipe: &recipe::Recipe, converted: &[usize], stages: &[Stage]) -> Vec<String> {
     let source = &headers.source;
     let mut list = Vec::new();
     if headers.files.is_empty() {
@@ -342,9 +337,9 @@ fn warnings(
     }
     for stage in stages {
         let Stage { name, seq_len, tokens_per_step, tokens, .. } = stage;
-        if *seq_len > a.max_positions {
-            let most = a.max_positions;
-            list.push(format!("`{name}.seq_len` {seq_len} is longer than the {most} positions the model was made for"));
+        let asked = if *name == "transfer" { recipe.transfer.seq_len } else { recipe.recover.seq_len };
+        if asked > *seq_len {
+            list.push(format!("`{name}.seq_len` {asked} becomes {seq_len}, the positions the model was made for"));
         }
         if tokens < tokens_per_step {
             list.push(format!("stage `{name}` has {tokens} tokens, less than the {tokens_per_step} of one step"));

@@ -25,10 +25,11 @@ struct Op {
 }
 
 impl Op {
-    /// Sizes (batch, rows, out, in), the transposed layout of W and the shape of the result.
-    fn plan(&self, layout: &Layout) -> Result<((usize, usize, usize, usize), Layout, Shape)> {
+    /// The product on either device.
+    fn product<S: BackendStorage>(&self, x: &S, layout: &Layout, weight: &S) -> Result<(S, Shape)> {
         let ((rows, inner), (out, _)) = (layout.shape().dims2()?, self.weight.dims2()?);
-        Ok(((1, rows, out, inner), self.weight.layout().transpose(0, 1)?, (rows, out).into()))
+        let transposed = self.weight.layout().transpose(0, 1)?;
+        Ok((x.matmul(weight, (1, rows, out, inner), layout, &transposed)?, (rows, out).into()))
     }
 }
 
@@ -38,17 +39,15 @@ impl CustomOp1 for Op {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (sizes, weight_layout, shape) = self.plan(layout)?;
         match &*self.weight.storage_and_layout().0 {
-            Storage::Cpu(w) => Ok((x.matmul(w, sizes, layout, &weight_layout)?, shape)),
+            Storage::Cpu(w) => self.product(x, layout, w),
             _ => bail!("input on the CPU, weight on {:?}", self.weight.device().location()),
         }
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (sizes, weight_layout, shape) = self.plan(layout)?;
         match &*self.weight.storage_and_layout().0 {
-            Storage::Cuda(w) => Ok((x.matmul(w, sizes, layout, &weight_layout)?, shape)),
+            Storage::Cuda(w) => self.product(x, layout, w),
             _ => bail!("input on a GPU, weight on {:?}", self.weight.device().location()),
         }
     }

@@ -482,6 +482,15 @@ impl Export {
 }
 
 impl Recipe {
+    /// The recipe with no sequence longer than the positions a model was made for.
+    pub fn within(&self, max_positions: usize) -> Recipe {
+        let mut fitted = self.clone();
+        for seq_len in [&mut fitted.transfer.seq_len, &mut fitted.recover.seq_len] {
+            *seq_len = (*seq_len).min(max_positions);
+        }
+        fitted
+    }
+
     /// The layers of a model of `count` layers that are converted, ascending; layers out of range are an error text.
     pub fn converted(&self, count: usize) -> Result<Vec<usize>, String> {
         let listed: &[usize] = match &self.layers {
