@@ -1,0 +1,141 @@
+//! `margay convert`: the short plan before, progress, and the verify table after.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use margay::checkpoint::Headers;
+use margay::convert::plan::{Plan, bytes, count, ranges};
+use margay::convert::{self, Options, Until, verify};
+use margay::error::{Error, Kind, Result};
+use margay::progress::{self, Progress, duration};
+use margay::run_dir::refuse_taken;
+
+use super::output::Output;
+use super::{DeviceArg, RecipeArgs, quoted};
+
+#[derive(Args)]
+pub struct Convert {
+    /// A local Hugging Face folder, or a hub id `org/name[@revision]`
+    #[arg(value_name = "MODEL")]
+    model: String,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// The folder to write, which must not exist yet
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    device: DeviceArg,
+    /// Stop after this stage; the same command without it continues
+    #[arg(long, value_name = "STAGE")]
+    until: Option<Stage>,
+    /// Throw away the progress of an unfinished run
+    #[arg(long)]
+    restart: bool,
+    /// Print the verification as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    Plan,
+    Swap,
+    Transfer,
+    Recover,
+    Merge,
+    Export,
+}
+
+impl From<Stage> for Until {
+    fn from(stage: Stage) -> Until {
+        match stage {
+            Stage::Plan => Until::Plan,
+            Stage::Swap => Until::Swap,
+            Stage::Transfer => Until::Transfer,
+            Stage::Recover => Until::Recover,
+            Stage::Merge => Until::Merge,
+            Stage::Export => Until::Export,
+        }
+    }
+}
+
+impl Convert {
+    pub fn run(&self, out: &'static Output) -> Result<()> {
+        refuse_taken(&self.out)?;
+        let recipe = self.recipe.load(&self.model)?;
+        let device = self.device.open()?;
+        let early = Plan::of(&Headers::open(&self.model)?, &recipe, (&device).into(), None)?;
+        brief(&early).iter().for_each(|line| out.say(line));
+        let work = PathBuf::from(format!("{}.margay", self.out.display()));
+        if work.join("run.json").is_file() && !self.restart && self.until != Some(Stage::Plan) {
+            out.say(&format!("continuing the unfinished run in `{}`", work.display()));
+        }
+        stop_on_ctrl_c(out)?;
+
+        let until = self.until.map(Until::from);
+        let model = self.model.clone();
+        let options = Options { model, recipe, out: self.out.clone(), device, until, restart: self.restart };
+        let done = convert::convert(&options, out)?;
+
+        let (folder, name) = (self.out.display(), quoted(&self.out.to_string_lossy()));
+        let took = duration(std::time::Duration::from_secs_f64(done.seconds));
+        let Some(report) = done.report else {
+            out.say(&match until {
+                Some(Until::Plan) => "stopped after the plan; nothing was written".to_string(),
+                Some(Until::Export) => {
+                    format!("exported to `{folder}` in {took}, not verified: `margay verify {name}`")
+                }
+                _ => format!("stopped in {took}; `{}` keeps the progress", work.display()),
+            });
+            return Ok(());
+        };
+        super::verify::print(&report, self.json, out)?;
+        if !report.passed() {
+            out.warn(&format!("`{folder}` was written and stays, so that it can be looked into"));
+            return Err(verify::failure(&report, &self.out));
+        }
+        out.say(&format!("\nconverted in {took}: `{folder}`; next:"));
+        out.say(&format!("  margay generate {name} --prompt 'Once upon a time'"));
+        out.say(&format!("  margay verify {name} --teacher {}", quoted(&self.model)));
+        Ok(())
+    }
+}
+
+/// The plan in a few lines.
+fn brief(plan: &Plan) -> Vec<String> {
+    let model = &plan.model;
+    let mut lines = vec![format!(
+        "{}: {}, {} layers, {} parameters",
+        model.id,
+        model.family,
+        model.layers,
+        count(model.parameters)
+    )];
+    let mut line = |name: &str, text: String| lines.push(format!("  {name:<10}{text}"));
+    line("recipe", plan.recipe.name.clone());
+    let kept = match plan.layers.kept.as_slice() {
+        [] => String::new(),
+        kept => format!("; softmax stays in {}", ranges(kept)),
+    };
+    line("layers", format!("{} in {}{kept}", plan.recipe.mixer.design().name(), ranges(&plan.layers.converted)));
+    let fates = plan.fates.iter().map(|(fate, total)| format!("{} {}", total.tensors, fate.word()));
+    line("tensors", fates.collect::<Vec<_>>().join(", "));
+    for s in &plan.stages {
+        let (trains, tokens, memory) = (count(s.trainable), count(s.tokens), bytes(s.memory.total));
+        line(s.name, format!("{trains} parameters, at most {tokens} tokens in {} steps, {memory} of memory", s.steps));
+    }
+    line("disk", format!("{} for the export, {} while it runs", bytes(plan.disk.export), bytes(plan.disk.run)));
+    lines
+}
+
+/// The first Ctrl-C asks the work to save and stop, the second ends the program.
+fn stop_on_ctrl_c(out: &'static Output) -> Result<()> {
+    let handler = move || {
+        if progress::stop_requested() {
+            std::process::exit(130);
+        }
+        progress::request_stop();
+        out.say("saving and stopping… (Ctrl-C again stops at once)");
+    };
+    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Unexpected, format!("cannot listen to Ctrl-C: {e}")))
+}
