@@ -141,7 +141,7 @@ pub fn export(
         files.push(describe(name, bytes));
         Ok(())
     };
-    put("config.json", &config(model, linearization))?;
+    put("config.json", &config(model, linearization)?)?;
     let mut generation = false;
     for path in checkpoint.side_files() {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -175,15 +175,18 @@ fn pretty(value: &Value) -> Vec<u8> {
     text
 }
 
-/// The source's configuration with what changed: nothing where no layer was converted.
-fn config(model: &Model, linearization: Option<&Linearization>) -> Vec<u8> {
-    let mut config = model.checkpoint.headers().config.object().clone();
-    if let Some(l) = linearization {
-        config.insert("architectures".into(), json!(["MargayForCausalLM"]));
-        config.insert("model_type".into(), json!("margay"));
-        config.insert("linearization".into(), json!(l));
-    }
-    pretty(&Value::Object(config))
+/// The source's configuration with what changed: the very file where no layer was converted.
+fn config(model: &Model, linearization: Option<&Linearization>) -> Result<Vec<u8>> {
+    let checkpoint = &model.checkpoint;
+    let Some(l) = linearization else {
+        let path = checkpoint.dir().join("config.json");
+        return std::fs::read(&path).map_err(|e| Error::io("read", &path, e));
+    };
+    let mut config = checkpoint.headers().config.object().clone();
+    config.insert("architectures".into(), json!(["MargayForCausalLM"]));
+    config.insert("model_type".into(), json!("margay"));
+    config.insert("linearization".into(), json!(l));
+    Ok(pretty(&Value::Object(config)))
 }
 
 /// Only what generation needs to know, from the model's own configuration.

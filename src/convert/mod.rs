@@ -242,7 +242,10 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let card = card::card(&manifest, &report, linearization.as_ref());
     write_atomic(&dir.join("README.md"), card.as_bytes())?;
     manifest.files.push(export::describe("README.md", card.as_bytes()));
-    run.copy_log(&dir)?;
+    if let Some(log) = run.log()? {
+        write_atomic(&dir.join("training.jsonl"), &log)?;
+        manifest.files.push(export::describe("training.jsonl", &log));
+    }
     manifest.write(&dir)?;
     run.finish()?;
     Ok(Converted { plan, report: Some(report), seconds: started.elapsed().as_secs_f64() })
@@ -260,6 +263,11 @@ fn train_stage(
     let train = corpus.train(seq_len)?;
     train.require(settings.batch)?;
     let valid = corpus.valid(seq_len)?.limit(data.validation_tokens);
+    if valid.is_empty() {
+        let stage = settings.stage;
+        let message = format!("no validation sequence of `{stage}.seq_len` = {seq_len} has a token that counts");
+        return Err(Error::new(Kind::Data, message).hint("give more text, or raise `data.validation`"));
+    }
     train::run(task, settings, &train, &valid, run, progress)
 }
 

@@ -11,11 +11,13 @@
 //! | `lock` | held while a process works here |
 //!
 //! Files are written aside, synced and renamed, so a kill leaves the old one or the new one; a file that is damaged all
-//! the same is found by its digest, and the one before it is used.
+//! the same is found by its digest, and the one before it is used. A work folder whose removal a kill cut short is
+//! removed the next time its `DIR` is named.
 
 mod state;
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -93,7 +95,7 @@ impl RunDir {
             return Err(Error::new(Kind::Output, message).hint("name a folder that does not exist yet"));
         };
         refuse_taken(out)?;
-        let work = out.with_file_name(format!("{}.margay", name.to_string_lossy()));
+        let work = work_of(out, name);
         fs::create_dir_all(&work).map_err(|e| output("create", &work, e))?;
         let lock = take_lock(&work)?;
         // Another process may have finished between the first look and the lock.
@@ -212,27 +214,26 @@ impl RunDir {
         self.retain_log(|line| line["stage"] != stage || line["step"].as_u64().is_some_and(|at| at <= step))
     }
 
-    /// Puts the training log beside the exported model.
-    pub fn copy_log(&self, export: &Path) -> Result<()> {
+    /// The training log, where anything was trained.
+    pub fn log(&self) -> Result<Option<Vec<u8>>> {
         let path = self.log_path();
         match fs::read(&path) {
-            Ok(text) => write_atomic(&export.join("training.jsonl"), &text),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Ok(text) => Ok(Some(text)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("read", &path, e)),
         }
     }
 
     /// Renames the finished export to `out` and removes the work folder.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
+        self.mark_done(FINISH, &Value::Null)?;
         let RunDir { out, work, _lock: lock, .. } = self;
         refuse_taken(&out)?;
         if out.is_dir() {
             fs::remove_dir(&out).map_err(|e| output("replace", &out, e))?;
         }
         fs::rename(work.join("export"), &out).map_err(|e| output("rename the export to", &out, e))?;
-        // The lock lies in the folder that goes.
-        drop(lock);
-        remove(&work)
+        remove_work(&work, lock)
     }
 
     fn log_path(&self) -> PathBuf {
@@ -258,6 +259,14 @@ impl RunDir {
     }
 }
 
+/// The stage of `run.json` that says: once `export/` is gone from here, it became the output folder.
+const FINISH: &str = "finish";
+
+/// `DIR.margay` beside `DIR`, whose last part is `name`.
+fn work_of(out: &Path, name: &OsStr) -> PathBuf {
+    out.with_file_name(format!("{}.margay", name.to_string_lossy()))
+}
+
 /// Refuses an output folder that has something in it.
 pub fn refuse_taken(out: &Path) -> Result<()> {
     let empty = match fs::read_dir(out) {
@@ -269,12 +278,38 @@ pub fn refuse_taken(out: &Path) -> Result<()> {
     if empty {
         return Ok(());
     }
-    let (what, hint) = match out.join("margay.json").is_file() {
+    let finished = out.join("margay.json").is_file();
+    if finished {
+        sweep(out);
+    }
+    let (what, hint) = match finished {
         true => ("is a finished conversion", format!("`margay verify {}` reopens it; ", out.display())),
         false => ("already exists and is not empty", String::new()),
     };
     let message = format!("output `{}` {what}", out.display());
     Err(Error::new(Kind::Output, message).hint(format!("{hint}choose another --out")))
+}
+
+/// Removes what is left of the work folder of a conversion that is finished, where a kill cut its removal short. The
+/// refusal of `out` is reported, so nothing here is an error; a folder that may hold progress stays.
+fn sweep(out: &Path) {
+    let Some(work) = out.file_name().map(|name| work_of(out, name)).filter(|work| work.is_dir()) else { return };
+    let Ok(lock) = take_lock(&work) else { return };
+    let done = match read_run(&work, &work.join("run.json"), false) {
+        Ok(Some(run)) => run.done.contains_key(FINISH) && !work.join("export").exists(),
+        Ok(None) => true,
+        Err(_) => false,
+    };
+    if done {
+        let _ = remove_work(&work, lock);
+    }
+}
+
+/// Removes a work folder; `run.json` and the lock last, so that what a kill leaves is known for what it is.
+fn remove_work(work: &Path, lock: File) -> Result<()> {
+    clear(work)?;
+    drop(lock);
+    remove(work)
 }
 
 fn take_lock(work: &Path) -> Result<File> {
@@ -319,8 +354,11 @@ fn entries(work: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// Empties the work folder; `run.json` goes last, because a folder without it but with other things is not ours.
 fn clear(work: &Path) -> Result<()> {
-    entries(work)?.iter().try_for_each(|path| remove(path))
+    let mut found = entries(work)?;
+    found.sort_by_key(|path| path.ends_with("run.json"));
+    found.iter().try_for_each(|path| remove(path))
 }
 
 /// Removes a file or folder, if it is there.
@@ -560,5 +598,37 @@ mod tests {
         let left: Vec<_> = fs::read_dir(home.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["out"]);
         assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_kill_leaves_of_a_finished_run_is_swept() {
+        let home = tempfile::tempdir().unwrap();
+        let (out, work) = (home.path().join("out"), home.path().join("out.margay"));
+        let left = |sweepable: bool| {
+            assert!(refused(&out, &fingerprint(), false).0.ends_with("is a finished conversion"));
+            assert_eq!(work.exists(), !sweepable);
+        };
+        // Killed after the rename, before anything was removed.
+        let mut run = open(&out);
+        run.save_state("transfer", 1, &tensors(1.0), &Value::Null).unwrap();
+        run.mark_done(FINISH, &Value::Null).unwrap();
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("margay.json"), "{}").unwrap();
+        left(false); // it still works there
+        drop(run);
+        left(true);
+        // Killed between the last two removals.
+        fs::create_dir(&work).unwrap();
+        fs::write(work.join("lock"), "").unwrap();
+        left(true);
+        // Progress of another run is not touched, and neither is what is not ours.
+        fs::remove_dir_all(&out).unwrap();
+        drop(open(&out));
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("margay.json"), "{}").unwrap();
+        left(false);
+        fs::remove_file(work.join("run.json")).unwrap();
+        fs::write(work.join("thesis.txt"), "precious").unwrap();
+        left(false);
     }
 }

@@ -162,6 +162,7 @@ pub fn run(
         let lr = position.rate.at(step);
         let norm = optimizer.update(&params, &grads.0, lr, &peaks).map_err(|bad| bad.at(stage, step + 1))?;
         step += 1;
+        check_weights(&params, stage, step)?;
         position.outcome.seconds += started.elapsed().as_secs_f64();
         position.outcome.steps = step;
         position.outcome.tokens = step * tokens;
@@ -228,13 +229,38 @@ fn params_device(params: &[Param]) -> &candle_core::Device {
 }
 
 fn check_finite(task: &dyn Task, stage: &str, step: u64, what: &str, losses: &[f64]) -> Result<()> {
-    match losses.iter().position(|l| !l.is_finite()) {
-        None => Ok(()),
-        Some(part) => {
-            let message =
-                format!("{what} of {} is {} at step {step} of stage `{stage}`", task.part_name(part), losses[part]);
-            Err(Error::new(Kind::Training, message)
-                .hint(format!("lower `{stage}.lr` or set `{stage}.optimizer.clip`; the last good checkpoint is kept")))
+    let Some(part) = losses.iter().position(|l| !l.is_finite()) else { return Ok(()) };
+    let mut message =
+        format!("{what} of {} is {} at step {step} of stage `{stage}`", task.part_name(part), losses[part]);
+    let mut sizes = Vec::new();
+    for (_, param) in task.params().iter().enumerate().filter(|(i, _)| task.part(*i) == part) {
+        sizes.push((norm(param)?, param.name.clone()));
+    }
+    if let Some((size, name)) = sizes.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)) {
+        message += &format!("; the largest tensor that trains there, `{name}`, has norm {size:.1e}");
+    }
+    Err(exploded(stage, message))
+}
+
+/// A trained tensor of this norm exploded: its loss may stay finite where softmax saturates, but nothing is learned.
+const LARGEST: f64 = 1e8;
+
+fn check_weights(params: &[Param], stage: &str, step: u64) -> Result<()> {
+    for param in params {
+        let size = norm(param)?;
+        if size.is_nan() || size > LARGEST {
+            let message = format!("`{}` exploded to norm {size:.1e} at step {step} of stage `{stage}`", param.name);
+            return Err(exploded(stage, message));
         }
     }
+    Ok(())
+}
+
+fn norm(param: &Param) -> candle_core::Result<f64> {
+    Ok(param.var.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?.sqrt())
+}
+
+fn exploded(stage: &str, message: String) -> Error {
+    let hint = format!("lower `{stage}.lr` or set `{stage}.optimizer.clip`; the last good checkpoint is kept");
+    Error::new(Kind::Training, message).hint(hint)
 }
