@@ -1,6 +1,8 @@
 //! The whole conversion, from a checkpoint to a verified export: what it writes, what it refuses, and that a kill at any
 //! moment costs nothing.
 
+#![cfg(unix)] // signals
+
 #[path = "common/byte_tokenizer.rs"]
 mod byte_tokenizer;
 #[path = "common/tiny.rs"]
@@ -218,9 +220,17 @@ fn hard(home: &Home, out: &str) -> Job {
     home.job(out, &[&HARD[..], &["recover.schedule={kind='cosine',warmup=0.2}"]].concat())
 }
 
-/// One home for the tests of interrupted runs, what an uninterrupted one gives, its events and its time.
-fn uninterrupted() -> &'static (Home, BTreeMap<String, String>, Vec<String>, Duration) {
-    static RUN: OnceLock<(Home, BTreeMap<String, String>, Vec<String>, Duration)> = OnceLock::new();
+/// What the tests of interrupted runs are measured against.
+struct Whole {
+    home: Home,
+    fingerprint: BTreeMap<String, String>,
+    /// The events of a run, in order.
+    events: Vec<String>,
+    time: Duration,
+}
+
+fn uninterrupted() -> &'static Whole {
+    static RUN: OnceLock<Whole> = OnceLock::new();
     RUN.get_or_init(|| {
         let home = Home::tiny();
         done(&hard(&home, "warm")); // the token cache is there from now on
@@ -230,25 +240,25 @@ fn uninterrupted() -> &'static (Home, BTreeMap<String, String>, Vec<String>, Dur
         let print = fingerprint(&job.out);
         assert!(print.contains_key("model.safetensors") && print.contains_key("training.jsonl"), "{print:?}");
         assert_eq!(print, fingerprint(&home.path("warm")), "the same run twice");
-        (home, print, watch.events.into_inner().unwrap(), started.elapsed())
+        Whole { home, fingerprint: print, events: watch.events.into_inner().unwrap(), time: started.elapsed() }
     })
 }
 
 #[track_caller]
 fn finishes_like_the_uninterrupted(job: &Job) {
     done(job);
-    assert_eq!(fingerprint(&job.out), uninterrupted().1);
+    assert_eq!(fingerprint(&job.out), uninterrupted().fingerprint);
 }
 
 #[test]
 fn a_run_stopped_in_every_stage_ends_with_the_same_bits() {
-    let home = &uninterrupted().0;
+    let home = &uninterrupted().home;
     let mut job = hard(home, "stopped");
     let interrupted = |job: &Job, event: &str, words: &str| match job.child(event, Act::Stop) {
         Ended::Failed(error) => assert!(error.starts_with("Interrupted") && error.contains(words), "{error}"),
         other => panic!("{event}: {other:?}"),
     };
-    interrupted(&job, "measure:2", "measuring");
+    interrupted(&job, "measure:2", "measured");
     interrupted(&job, "transfer:3", "`transfer` after step 3 of 12");
     interrupted(&job, "transfer:4", "`transfer` after step 7 of 12");
     assert_eq!(job.states("transfer").len(), 2);
@@ -271,7 +281,7 @@ fn a_run_stopped_in_every_stage_ends_with_the_same_bits() {
 
 #[test]
 fn a_kill_at_any_event_costs_nothing() {
-    let (home, _, events, _) = uninterrupted();
+    let Whole { home, events, .. } = uninterrupted();
     // One of each stage at least, and what comes between.
     let mut moments: Vec<&String> = (0..4).map(|i| &events[(7 + i * events.len()) / 4 % events.len()]).collect();
     let of = |stage: &str, n: usize| events.iter().filter(|e| e.starts_with(stage)).nth(n).unwrap();
@@ -286,7 +296,7 @@ fn a_kill_at_any_event_costs_nothing() {
 
 #[test]
 fn kills_at_random_times_cost_nothing() {
-    let (home, _, _, whole) = uninterrupted();
+    let Whole { home, time, .. } = uninterrupted();
     let job = hard(home, "shot");
     let seed = std::process::id() as u64;
     println!("seed {seed}");
@@ -294,7 +304,7 @@ fn kills_at_random_times_cost_nothing() {
     for n in 0..6 {
         let mut child = job.command().stdout(std::process::Stdio::piped()).spawn().unwrap();
         let share = (seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(11 * n) >> 40) as f64 / (1 << 24) as f64;
-        std::thread::sleep(whole.mul_f64(share));
+        std::thread::sleep(time.mul_f64(share));
         child.kill().unwrap();
         let ended = Ended::of(child.wait_with_output().unwrap());
         if ended == Ended::Done {
@@ -305,7 +315,7 @@ fn kills_at_random_times_cost_nothing() {
     }
     println!("{kills} kills");
     match job.out.exists() {
-        true => assert_eq!(fingerprint(&job.out), uninterrupted().1),
+        true => assert_eq!(fingerprint(&job.out), uninterrupted().fingerprint),
         false => finishes_like_the_uninterrupted(&job),
     }
     // Killed after the export had moved in: the refusal takes along what the kill left.
@@ -350,7 +360,7 @@ fn only_the_same_run_is_continued() {
 
 #[test]
 fn a_full_disk_is_one_clear_error_and_costs_nothing() {
-    let home = &uninterrupted().0;
+    let home = &uninterrupted().home;
     let job = hard(home, "full");
     for (event, file) in
         [("transfer:10", "00000012.safetensors"), ("recover:3", "metrics.jsonl"), ("write:0", "model.safetensors")]

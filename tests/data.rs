@@ -1,9 +1,13 @@
 //! Text to packed rows, with a tokenizer small enough to count by hand: one token a byte.
 
+#[path = "common/byte_tokenizer.rs"]
+mod byte_tokenizer;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use byte_tokenizer::{BOS, EOS, byte_tokenizer};
 use candle_core::Device;
 use margay::data::sources::{documents, resolve};
 use margay::data::{Corpus, Split, Tokenizer, alpaca_prompt, eval_rows, read_recall};
@@ -13,34 +17,10 @@ use margay::recipe::{self, Format, Join};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const BOS: u32 = 256;
-const EOS: u32 = 257;
-
-/// A folder with a byte tokenizer (id = byte, 256 `<s>`, 257 `</s>`) whose post-processor adds `<s>`.
+/// A folder with a byte tokenizer.
 fn model(tokenizer_config: Value) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    // The byte-level alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on.
-    let printable = |b: u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    let mut others = 0x100..;
-    let mut letter = |b: u32| char::from_u32(if printable(b) { b } else { others.next().unwrap() }).unwrap();
-    let vocab: serde_json::Map<String, Value> = (0..256).map(|b| (letter(b).to_string(), json!(b))).collect();
-    let special = |id: u32, content: &str| {
-        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-               "normalized": false, "special": true})
-    };
-    let tokenizer = json!({
-        "version": "1.0", "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
-        "padding": null, "added_tokens": [special(BOS, "<s>"), special(EOS, "</s>")], "normalizer": null,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-        "post_processor": {"type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}}},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
-    });
-    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(dir.path().join("tokenizer.json"), byte_tokenizer().to_string()).unwrap();
     if !tokenizer_config.is_null() {
         fs::write(dir.path().join("tokenizer_config.json"), tokenizer_config.to_string()).unwrap();
     }

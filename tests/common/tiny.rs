@@ -54,7 +54,7 @@ pub struct Home(pub TempDir);
 impl Home {
     /// The model of `config` and text for it.
     pub fn new(config: &Value, style: Style) -> Self {
-        let home = Home(TempDir::new().unwrap());
+        let home = Home(TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
         let model = home.model();
         fs::create_dir(&model).unwrap();
         write_model(&model, config, style, |_, _| {});
