@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::tokenizer::Tokenizer;
 use crate::data::{RecallItem, Split};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::generate::{Sampler, generate};
 use crate::model::{Decoder, Net};
 use crate::ops::head_loss::{Sums, Target, measure};
-use crate::progress::Progress;
+use crate::progress::{Progress, stop_requested};
 
 /// Perplexity over the rows of a split, and the distance to a teacher where one was given.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -52,6 +52,10 @@ pub fn quality(model: Subject, teacher: Option<Subject>, rows: &Split, progress:
     let tokens = rows.seq_len() as u64;
     progress.begin("measure", rows.len() as u64 * tokens, 0, "tokens");
     for index in 0..rows.len() {
+        if stop_requested() {
+            return Err(Error::new(Kind::Interrupted, "stopped while the model was measured; progress is saved")
+                .hint("the same command continues from here"));
+        }
         let batch = rows.batch(&[index], device)?;
         let hidden = model.hidden(&batch.inputs)?;
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
@@ -78,7 +82,7 @@ pub fn quality(model: Subject, teacher: Option<Subject>, rows: &Split, progress:
         kl: teacher.map(|_| sums.kl / n),
         top1_agreement: teacher.map(|_| sums.agree / n),
     };
-    progress.end(&format!("perplexity {:.4}", quality.perplexity));
+    progress.end("");
     Ok(quality)
 }
 
@@ -117,7 +121,7 @@ pub fn recall(model: Subject, tokenizer: &Tokenizer, items: &[RecallItem], progr
         *asked += 1;
         progress.advance(1, &format!("{:.0} % right", 100.0 * recall.total()));
     }
-    progress.end(&format!("{:.0} % right", 100.0 * recall.total()));
+    progress.end("");
     Ok(recall)
 }
 
