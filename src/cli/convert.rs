@@ -65,6 +65,7 @@ impl Convert {
         let recipe = self.recipe.load(&self.model)?;
         let device = self.device.open()?;
         let early = Plan::of(&Headers::open(&self.model)?, &recipe, (&device).into(), None)?;
+        out.details(&early.sections());
         brief(&early).iter().for_each(|line| out.say(line));
         let work = PathBuf::from(format!("{}.margay", self.out.display()));
         if work.join("run.json").is_file() && !self.restart && self.until != Some(Stage::Plan) {

@@ -18,7 +18,7 @@ use super::{DeviceArg, TextArgs};
 #[command(group(clap::ArgGroup::new("task").args(["data", "recall"]).required(true).multiple(true)))]
 pub struct Eval {
     /// A local Hugging Face folder, converted or not, or a hub id `org/name[@revision]`
-    #[arg(value_name = "MODEL or DIR")]
+    #[arg(value_name = "MODEL")]
     model: String,
     #[command(flatten)]
     text: TextArgs,

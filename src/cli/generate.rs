@@ -17,7 +17,7 @@ use super::output::Output;
 #[derive(Args)]
 pub struct Generate {
     /// A local Hugging Face folder, converted or not, or a hub id `org/name[@revision]`
-    #[arg(value_name = "MODEL or DIR")]
+    #[arg(value_name = "MODEL")]
     model: String,
     /// The text to continue; - reads it from stdin
     #[arg(long, value_name = "TEXT")]

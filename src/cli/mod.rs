@@ -21,7 +21,7 @@ use output::Output;
 
 /// Linearizes pretrained language models: softmax attention in, learnable linear attention out.
 #[derive(Parser)]
-#[command(name = "margay", version, max_term_width = 100, infer_long_args = true, after_help = ENVIRONMENT)]
+#[command(name = "margay", version, max_term_width = 100, after_help = ENVIRONMENT)]
 pub struct Cli {
     #[command(flatten)]
     pub voice: Voice,
@@ -106,7 +106,7 @@ pub fn run(command: &Command, out: &'static Output) -> Result<()> {
 #[derive(Args)]
 pub struct RecipeArgs {
     /// A shipped recipe by name (see `margay recipe list`) or a TOML file
-    #[arg(long, value_name = "NAME or FILE")]
+    #[arg(long, value_name = "RECIPE")]
     recipe: Option<String>,
     /// Change a key of the recipe, such as transfer.tokens=20000; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]

@@ -76,10 +76,6 @@ impl Output {
         _ = tracing_subscriber::registry().with(Traces(self)).try_init();
     }
 
-    pub fn verbose(&self) -> bool {
-        self.level == Level::Debug
-    }
-
     /// Data for stdout, written at once. Where nobody reads any more, nothing is written: see [`Output::closed`].
     pub fn data(&self, text: &str) -> Result<()> {
         let write = || {
@@ -105,14 +101,21 @@ impl Output {
         self.data(&format!("{value:#}\n"))
     }
 
-    /// Tables, a blank line between them.
+    /// Tables for stdout.
     pub fn tables(&self, sections: &[Section]) -> Result<()> {
-        let colour = self.colour && io::stdout().is_terminal();
-        let tables: Vec<String> = sections.iter().map(|section| table(section, colour)).collect();
-        self.data(&tables.join("\n"))
+        self.data(&tables(sections, self.colour && io::stdout().is_terminal()))
     }
 
+    /// Tables for stderr, with `-v` only.
+    pub fn details(&self, sections: &[Section]) {
+        if self.level == Level::Debug {
+            self.say(&tables(sections, self.colour && io::stderr().is_terminal()));
+        }
+    }
+
+    /// The end of a command that failed.
     pub fn error(&self, error: &Error) {
+        clear(&self.stage().take());
         self.log(Level::Error, &error.message, error.hint.as_deref());
     }
 
@@ -302,6 +305,11 @@ fn short(time: Duration) -> String {
     if time.as_secs() < 60 { format!("{}s", time.as_secs()) } else { duration(time) }
 }
 
+/// Tables, a blank line between them.
+fn tables(sections: &[Section], colour: bool) -> String {
+    sections.iter().map(|section| table(section, colour)).collect::<Vec<_>>().join("\n")
+}
+
 /// A title and a table that fits the terminal; where there is none, rows stay whole.
 fn table(section: &Section, colour: bool) -> String {
     let mut table = Table::new();
@@ -326,9 +334,13 @@ fn table(section: &Section, colour: bool) -> String {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    let title = if colour { format!("\x1b[1m{}\x1b[0m", section.title) } else { section.title.to_string() };
+    let title = match section.title {
+        "" => String::new(),
+        title if colour => format!("\x1b[1m{title}\x1b[0m\n"),
+        title => format!("{title}\n"),
+    };
     let lines: String = table.lines().map(|line| format!("{}\n", line.trim_end())).collect();
-    format!("{title}\n{lines}")
+    title + &lines
 }
 
 /// Whether all cells that say something begin with a number.

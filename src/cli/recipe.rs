@@ -25,7 +25,7 @@ pub enum Command {
     /// Print a recipe in full, with defaults and what each key means
     Show {
         /// A shipped recipe by name, or a TOML file
-        #[arg(value_name = "NAME or FILE")]
+        #[arg(value_name = "RECIPE")]
         name: String,
         /// Change a key, such as transfer.tokens=20000; may be repeated
         #[arg(long, value_name = "KEY=VALUE")]
@@ -55,7 +55,7 @@ impl Command {
         match self {
             Command::List { json: false } => {
                 let rows = recipe::list().into_iter().map(|r| vec![r.name, r.about]).collect();
-                out.tables(&[Section { title: "Recipes", columns: Vec::new(), rows }])
+                out.tables(&[Section { title: "", columns: Vec::new(), rows }])
             }
             Command::List { json: true } => {
                 let entry = |r: recipe::Shipped| json!({ "name": r.name, "about": r.about });
