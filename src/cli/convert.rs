@@ -1,6 +1,6 @@
 //! `margay convert`: the short plan before, progress, and the verify table after.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use margay::checkpoint::Headers;
@@ -70,6 +70,18 @@ impl Convert {
         let work = PathBuf::from(format!("{}.margay", self.out.display()));
         if work.join("run.json").is_file() && !self.restart && self.until != Some(Stage::Plan) {
             out.say(&format!("continuing the unfinished run in `{}`", work.display()));
+        }
+        let wanted = early.disk.export + early.disk.run;
+        let folder = self.out.ancestors().find(|p| p.is_dir()).unwrap_or(Path::new("."));
+        if let Ok(free) = fs4::available_space(folder)
+            && free < wanted
+        {
+            out.warn(&format!(
+                "{} are free for `{}`, less than the {} above",
+                bytes(free),
+                self.out.display(),
+                bytes(wanted)
+            ));
         }
         stop_on_ctrl_c(out)?;
 

@@ -201,7 +201,7 @@ impl Folder {
         let existing = path.ancestors().find(|p| p.is_dir()).unwrap_or(Path::new("/"));
         Folder {
             bytes: count.then(|| size(&path)),
-            free: free(existing),
+            free: fs4::available_space(existing).ok(),
             writable: tempfile::tempfile_in(existing).is_ok(),
             path,
         }
@@ -212,22 +212,6 @@ impl Folder {
         let free = self.free.map(|n| format!(", {} free", bytes(n))).unwrap_or_default();
         format!("{}{holds}{free}", self.path.display())
     }
-}
-
-/// Bytes that may still be written on the disk of a path.
-#[cfg(unix)]
-fn free(path: &Path) -> Option<u64> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
-    let mut found = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the path ends in a zero byte, and `found` is read only where the call says that it filled it in.
-    let found = unsafe { (libc::statvfs(path.as_ptr(), found.as_mut_ptr()) == 0).then(|| found.assume_init()) }?;
-    Some(found.f_bavail as u64 * found.f_frsize as u64)
-}
-
-#[cfg(not(unix))]
-fn free(_: &Path) -> Option<u64> {
-    None
 }
 
 /// Bytes of all files below a folder; links count nothing.
