@@ -73,6 +73,10 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let started = Instant::now();
     let (device, out) = (&options.device, options.out.as_path());
     refuse_taken(out)?;
+    if options.recipe.recipe.data.sources.is_empty() && options.until != Some(Until::Plan) {
+        return Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", options.recipe.origin))
+            .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"));
+    }
     let model = Model::open(&options.model, progress)?;
     let recipe = &options.recipe.recipe.within(model.architecture().max_positions);
     let headers = model.checkpoint.headers();
@@ -84,10 +88,6 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
 
     let tokenizer = Tokenizer::open(model.checkpoint.dir())?;
     tokenizer.check_vocab(model.architecture().vocab)?;
-    if recipe.data.sources.is_empty() {
-        return Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", options.recipe.origin))
-            .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"));
-    }
     let row_len = early.stages.iter().map(|s| s.seq_len).max().unwrap_or(recipe.transfer.seq_len);
     let data = &recipe.data;
     let corpus = Corpus::prepare(&data.sources, data, recipe.seed, &tokenizer, row_len, &cache_dir(), progress)?;
