@@ -74,13 +74,17 @@ fn rope(config: &Config, max_positions: usize) -> Result<Rope> {
         Some(kind) => kind,
         None => keys.opt_str("type")?.unwrap_or("default"),
     };
+    let factor = || match keys.f64("factor")? {
+        factor if factor > 0.0 => Ok(factor),
+        factor => Err(keys.wrong("factor", &factor.into(), "a number above 0")),
+    };
     let original = keys.opt_usize("original_max_position_embeddings")?;
     let scaling = match kind {
         "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: keys.f64("factor")? },
-        "dynamic" => RopeScaling::Dynamic { factor: keys.f64("factor")?, original: original.unwrap_or(max_positions) },
+        "linear" => RopeScaling::Linear { factor: factor()? },
+        "dynamic" => RopeScaling::Dynamic { factor: factor()?, original: original.unwrap_or(max_positions) },
         "llama3" => RopeScaling::Llama3 {
-            factor: keys.f64("factor")?,
+            factor: factor()?,
             low: keys.f64("low_freq_factor")?,
             high: keys.f64("high_freq_factor")?,
             original: keys.usize("original_max_position_embeddings")?,

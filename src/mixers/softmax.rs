@@ -101,12 +101,16 @@ impl SoftmaxAttn {
         let n = new.dim(1)?;
         let new = new.contiguous()?;
         let old = state.tensors.remove(name).filter(|_| kept > 0);
-        let (buffer, used) = match old {
-            Some(old) if self.window.is_some() => {
-                let all = Tensor::cat(&[&old.narrow(1, old.dim(1)? - kept, kept)?, &new], 1)?;
-                (all.clone(), all)
+        let (buffer, used) = match (self.window, old) {
+            (Some(window), old) => {
+                let all = match old {
+                    Some(old) => Tensor::cat(&[&old.narrow(1, old.dim(1)? - kept, kept)?, &new], 1)?,
+                    None => new,
+                };
+                let held = window.min(kept + n);
+                (all.narrow(1, kept + n - held, held)?.contiguous()?, all)
             }
-            old => {
+            (None, old) => {
                 let buffer = match old {
                     Some(buffer) if buffer.dim(1)? >= kept + n => buffer,
                     old => {
