@@ -144,11 +144,8 @@ fn lolcats_tensors() {
         list.iter().map(|(name, shape, _)| format!("{name} {shape:?}")).collect()
     };
     let hedgehog = tensors(&Config { feature_dim: 4, ..Config::default() });
-    let wanted = [
-        "feature_map_q.mlp.layer [4, 8, 4]",
-        "feature_map_k.mlp.layer [4, 8, 4]",
-        "window_factors [1, 4, 1, 1]",
-    ];
+    let wanted =
+        ["feature_map_q.mlp.layer [4, 8, 4]", "feature_map_k.mlp.layer [4, 8, 4]", "window_factors [1, 4, 1, 1]"];
     assert_eq!(named(&hedgehog), wanted);
     // The rectangular identity of every head, and sigmoid 0.1.
     let identity: Vec<f64> = (0..4 * 8 * 4).map(|i| (i / 4 % 8 == i % 4) as u8 as f64).collect();
@@ -156,7 +153,13 @@ fn lolcats_tensors() {
     assert_eq!(hedgehog[1].2, identity);
     assert!(hedgehog[2].2.iter().all(|f| (1.0 / (1.0 + (-f).exp()) - 0.1).abs() < 1e-7));
 
-    let map = Config { feature_map: FeatureMap::Relu, bias: Bias::Head, window: 0, identity_init: false, ..Config::default() };
+    let map = Config {
+        feature_map: FeatureMap::Relu,
+        bias: Bias::Head,
+        window: 0,
+        identity_init: false,
+        ..Config::default()
+    };
     let t2r = tensors(&map);
     let wanted = [
         "feature_map_q.mlp.layer [4, 8, 8]",
@@ -398,7 +401,9 @@ fn features(config: &Config, head: &[f64], weight: &[f64], bias: &[f64]) -> Vec<
     let u: Vec<f64> = (0..cols)
         .map(|c| {
             let straight = if config.skip_connection { head[c] } else { 0.0 };
-            (0..head.len()).map(|d| head[d] * weight[d * cols + c]).sum::<f64>() + straight + bias[c * bias.len() / cols]
+            (0..head.len()).map(|d| head[d] * weight[d * cols + c]).sum::<f64>()
+                + straight
+                + bias[c * bias.len() / cols]
         })
         .collect();
     let softmax = |sign: f64| {

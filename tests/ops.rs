@@ -170,8 +170,7 @@ fn golden_losses() {
         let loss = mse(&g.by_time("out.lolcats_sliding"), &g.by_time("out.softmax"), 1000.0).unwrap();
         close_slices("mse", &flat(&loss), &[52.783_692_482_583_04], tolerance);
         // A, Ah = weights of softmax and of lolcats_sliding; attention_weight_ce(Ah, A)
-        let (_, teacher) =
-            SoftmaxAttn { heads: 4, kv_heads: 4, window: None }.parallel(&g.qkv()).unwrap();
+        let (_, teacher) = SoftmaxAttn { heads: 4, kv_heads: 4, window: None }.parallel(&g.qkv()).unwrap();
         let op = HybridAttn { heads: 4, kv_heads: 4, window: Window::Sliding(8), affine: false };
         let factors = Tensor::full(-2.197_224_577_336_219_6, 4, &CPU).unwrap().to_dtype(dtype).unwrap();
         let (_, student) = op.parallel(&g.qkv(), &g.features(Activation::SoftmaxDim, None), &factors).unwrap();
@@ -225,11 +224,13 @@ fn small_ops_equal_their_definitions() -> Result<()> {
     }
     let norm = |row: &[f64]| (dot(row, row) / dim as f64 + 1e-5).sqrt();
     let weight = randn(&[dim], 2);
-    let normed = values.chunks(dim).flat_map(|r| r.iter().zip(flat(&weight)).map(|(x, w)| x / norm(r) * w).collect::<Vec<_>>());
+    let normed =
+        values.chunks(dim).flat_map(|r| r.iter().zip(flat(&weight)).map(|(x, w)| x / norm(r) * w).collect::<Vec<_>>());
     let normed: Vec<f64> = normed.collect();
     let matrix = randn(&[3, dim], 4);
     let rows = flat(&matrix);
-    let products: Vec<f64> = values.chunks(dim).flat_map(|r| rows.chunks(dim).map(|m| dot(r, m)).collect::<Vec<_>>()).collect();
+    let products: Vec<f64> =
+        values.chunks(dim).flat_map(|r| rows.chunks(dim).map(|m| dot(r, m)).collect::<Vec<_>>()).collect();
     let up = randn(x.dims(), 3);
     let gated: Vec<f64> = values.iter().zip(flat(&up)).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
     for (dtype, tolerance) in PRECISIONS {
