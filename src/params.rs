@@ -155,3 +155,40 @@ impl Frozen {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(x: Tensor) -> Vec<f32> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn dropout_keeps_the_mean_and_repeats() {
+        let mask = |seed, stream| values(keep_mask(&[100, 200], 0.25, seed, stream, &Device::Cpu).unwrap());
+        let one = mask(1, 2);
+        assert!(one.iter().all(|m| *m == 0.0 || (*m - 4.0 / 3.0).abs() < 1e-6));
+        // 20,000 draws: the mean's standard deviation is sqrt(1 / 3 / 20,000) = 0.004.
+        let mean = one.iter().sum::<f32>() / one.len() as f32;
+        assert!((mean - 1.0).abs() < 0.016, "mean {mean}");
+        assert_eq!(one, mask(1, 2));
+        assert_ne!(one, mask(1, 3));
+        assert_ne!(one, mask(2, 2));
+    }
+
+    #[test]
+    fn starts_depend_on_seed_layer_and_stream() {
+        let start =
+            |seed, layer, stream| values(Init::Uniform { bound: 0.5, stream }.tensor(&[3, 40], seed, layer).unwrap());
+        let one = start(1, 0, 7);
+        assert!(one.iter().all(|x| x.abs() <= 0.5) && one.iter().any(|x| x.abs() > 0.45));
+        assert_eq!(one, start(1, 0, 7));
+        for other in [start(2, 0, 7), start(1, 1, 7), start(1, 0, 8)] {
+            assert_ne!(one, other);
+        }
+        let eye = |shape: &[usize]| values(Init::Identity.tensor(shape, 1, 0).unwrap());
+        assert_eq!(eye(&[2, 2, 3]), [1., 0., 0., 0., 1., 0., 1., 0., 0., 0., 1., 0.]);
+        assert_eq!(eye(&[3, 2]), [1., 0., 0., 1., 0., 0.]);
+    }
+}

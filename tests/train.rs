@@ -250,6 +250,32 @@ fn recovery_gradients_equal_one_graph() -> Result {
     Ok(())
 }
 
+/// As LoRA starts: A uniform, B zero, so that the student is unchanged; named as PEFT names them.
+#[test]
+fn adapters_start_without_effect() -> Result {
+    let mut s = setup()?;
+    let before = flat(&s.decoder.hidden(&s.batch.inputs, &s.student)?);
+    let lora = recipe::Lora::default();
+    let adapters = Adapters::new(&s.decoder.architecture, &[Projection::Q, Projection::Down], &lora, 9, &CPU)?;
+    let params = adapters.params();
+    let named: Vec<String> = params[..4].iter().map(|p| format!("{} {:?}", p.name, p.var.dims())).collect();
+    let wanted = [
+        "model.layers.0.self_attn.q_proj.lora_A.weight [8, 32]",
+        "model.layers.0.self_attn.q_proj.lora_B.weight [32, 8]",
+        "model.layers.0.mlp.down_proj.lora_A.weight [8, 48]",
+        "model.layers.0.mlp.down_proj.lora_B.weight [32, 8]",
+    ];
+    assert_eq!(named, wanted);
+    let bound = 48f64.powf(-0.5);
+    let a = flat(&params[2].var);
+    assert!(a.iter().all(|a| a.abs() <= bound) && a.iter().any(|a| a.abs() > 0.95 * bound));
+    assert!(flat(&params[3].var).iter().all(|b| *b == 0.0));
+    assert_ne!(a, flat(&params[6].var), "layers start apart");
+    s.student.adapters = Some(adapters);
+    assert_eq!(flat(&s.decoder.hidden(&s.batch.inputs, &s.student)?), before);
+    Ok(())
+}
+
 #[test]
 fn accumulation_equals_the_whole_batch() -> Result {
     let mut s = setup()?;

@@ -148,6 +148,11 @@ impl Design for Config {
             let cols = self.cols(a);
             return Err(format!("`mixer.skip_connection` needs `feature_dim` = head_dim {}, not {cols}", a.head_dim));
         }
+        if self.bias == Bias::Head && matches!(self.feature_map, FeatureMap::SoftmaxDim | FeatureMap::ExpDim) {
+            return Err("`mixer.bias` = \"head\" shifts all columns alike, which this `feature_map` cancels; \
+                        take \"full\" or \"none\""
+                .into());
+        }
         Ok(())
     }
 
@@ -234,7 +239,7 @@ impl Lolcats {
         let from = self.sources.len() - sources.len();
         let Some(mut weight) = self.both("layer")? else {
             let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
-            return packed.index_select(&index, 2)?.elu(1.0)? + 1.0;
+            return packed.contiguous()?.index_select(&index, 2)?.elu(1.0)? + 1.0;
         };
         if self.config.skip_connection {
             weight = weight.broadcast_add(&Tensor::eye(self.cols, weight.dtype(), weight.device())?)?;

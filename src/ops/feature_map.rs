@@ -51,7 +51,7 @@ impl FeatureMap {
     pub fn plain(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let index = self.sources.iter().map(|s| *s as u32).collect::<Vec<_>>();
         let index = Tensor::new(index, x.device())?;
-        let x = x.index_select(&index, 2)?.transpose(1, 2)?.contiguous()?; // [B, maps, T, D]
+        let x = x.contiguous()?.index_select(&index, 2)?.transpose(1, 2)?.contiguous()?; // [B, maps, T, D]
         let z = x.broadcast_matmul(weight)?.broadcast_add(&bias.unsqueeze(1)?)?; // [B, maps, T, C]
         let features = match self.activation {
             Activation::SoftmaxDim => {

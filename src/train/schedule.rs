@@ -84,6 +84,19 @@ mod tests {
     }
 
     #[test]
+    fn plateau_stops_at_its_floor_and_forgives_improvement() {
+        let schedule = Schedule::Plateau { factor: 0.1, patience: 1, min_lr: 1e-4, warmup: 0.0 };
+        let mut rate = Rate::new(&schedule, 1000, 1e-2);
+        // Two flat evaluations lower the rate; an improvement between them starts the count again.
+        for (loss, factor) in [(1.0, 1.0), (1.0, 1.0), (0.9, 1.0), (0.9, 1.0), (0.9, 0.1), (0.9, 0.1), (0.9, 0.01)] {
+            rate.observe(loss);
+            assert!((rate.at(500) - factor).abs() < 1e-12);
+        }
+        (0..10).for_each(|_| rate.observe(0.9));
+        assert!((rate.at(500) * 1e-2 - 1e-4).abs() < 1e-12);
+    }
+
+    #[test]
     fn cosine_rises_and_falls() {
         let rate = Rate::new(&Schedule::Cosine { warmup: 0.1, floor: 0.1 }, 100, 1.0);
         assert!((rate.at(0) - 0.1).abs() < 1e-12);
