@@ -214,7 +214,11 @@ const TOKENS: [u32; 24] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9, 7, 9, 39, 0, 3, 
 
 #[test]
 fn every_setting_of_the_decoder_equals_its_definition() {
-    let mistral = |window: Value| json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window});
+    let mistral = |window| {
+        let mut config = json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral"});
+        config["sliding_window"] = window;
+        config
+    };
     let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64});
     // Tensors beside those of a plain model: one head, and per layer seven projections, two norms and the biases.

@@ -222,7 +222,8 @@ fn whole_graph(s: &Setup, settings: &recipe::Recover, noise: Option<u64>) -> Res
     Ok((rows * &mask)?.sum_all()?.div(&mask.sum_all()?)?)
 }
 
-/// One block at a time, recomputed, gives the gradients of one graph; with dropout the recomputation sees the same masks.
+/// One block at a time, recomputed, gives the gradients of one graph; with dropout the recomputation sees the same
+/// masks.
 #[test]
 fn recovery_gradients_equal_one_graph() -> Result {
     let mut s = setup()?;
