@@ -15,6 +15,11 @@ use cli::output::Output;
 const STACK: usize = 256 << 20;
 
 fn main() -> ExitCode {
+    // candle's own elementwise threads spin while they wait, which costs more than they bring beside our own.
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: nothing else runs yet.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
     let Cli { voice, command } = Cli::parse();
     let out: &'static Output = Box::leak(Box::new(Output::new(voice)));
     out.trace();
