@@ -239,6 +239,7 @@ fn figures_of_llama_3_8b() {
         assert_eq!(m.weights, 4 * 8_030_261_248);
         assert_eq!(m.total, m.weights + m.optimizer + m.inputs + m.working);
     }
+    assert_eq!(plan.verify.weights, 3 * transfer.memory.weights, "student, export, teacher");
     assert_eq!(transfer.memory.optimizer, 20 * transfer.trainable);
     assert_eq!(recover.memory.optimizer, 20 * recover.trainable + 4 * transfer.trainable, "maps rest");
 }
@@ -297,7 +298,7 @@ fn keys(value: &Value) -> Vec<&str> {
 #[test]
 fn json_keys_are_stable() {
     let plan = json!(planned(&described(&tiny()), Recipe::default()).unwrap());
-    let top = ["model", "recipe", "device", "layers", "tensors", "fates", "stages", "disk", "warnings"];
+    let top = ["model", "recipe", "device", "layers", "tensors", "fates", "stages", "verify", "disk", "warnings"];
     assert_eq!(keys(&plan), top);
     assert_eq!(
         keys(&plan["model"]),

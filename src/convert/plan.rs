@@ -36,6 +36,8 @@ pub struct Plan {
     pub fates: BTreeMap<Fate, Total>,
     /// The training stages that run, in order.
     pub stages: Vec<Stage>,
+    /// Memory of verification, after the stages.
+    pub verify: Memory,
     pub disk: Disk,
     /// What the user should look at.
     pub warnings: Vec<String>,
@@ -148,6 +150,9 @@ impl Plan {
                 .flatten()
                 .collect();
 
+        let longest = stages.iter().map(|s| s.seq_len).max().unwrap_or(recipe.transfer.seq_len);
+        let verify = costs.verify(longest);
+
         let adapted: &[Projection] = if stages.iter().any(|s| s.name == "recover") { &targets } else { &[] };
         let merged = format!("LoRA of rank {}", recipe.recover.lora.rank);
         let mut tensors = Vec::with_capacity(headers.tensors.len());
@@ -184,6 +189,7 @@ impl Plan {
             tensors,
             fates,
             stages,
+            verify,
             disk: Disk { export, run, download },
         })
     }

@@ -19,14 +19,17 @@
 //!
 //! | | elements per token |
 //! |---|---|
-//! | transfer, a converted layer | N + 2 P + 4 Q + 4 E: stream, heads twice, outputs and their gradients, features and theirs |
+//! | transfer, a converted layer | N + 2 P + 4 Q + 6 E: stream, heads twice, outputs and their gradients, features and theirs twice |
 //! | transfer, the MLP after it | 5 N + 2 P + Q + 3 I |
 //! | recover, inputs of blocks | (layers + 5) N, one more with KL |
 //! | recover, graph of one block | 6 N + 3 P + Q + 2 E + 3 I, and three more outputs for each adapted projection |
 //! | recover, its gradients | 3 N + the larger of 5 I and Q + P + 6 E |
+//! | verify, a layer of one sequence | as in transfer |
 //!
-//! The mapped checkpoint is not counted, since the system takes its pages back when it needs them. On a GPU, where the
-//! plain forms run, T x T weights are added and the figures are coarser.
+//! Verification holds three models: the student, the export and the teacher.
+//!
+//! The mapped checkpoint is not counted, since the system takes its pages back when it needs them, and neither are
+//! program and tokenizer. On a GPU, where the plain forms run, T x T weights are added and the figures are coarser.
 
 use serde::Serialize;
 
@@ -110,6 +113,12 @@ pub struct Memory {
     pub total: u64,
 }
 
+impl Memory {
+    fn new(weights: u64, optimizer: u64, inputs: u64, working: u64) -> Self {
+        Memory { weights, optimizer, inputs, working, total: weights + optimizer + inputs + working }
+    }
+}
+
 /// Widths of a model in elements per token.
 struct Widths {
     hidden: u64,
@@ -148,7 +157,7 @@ impl<'a> Costs<'a> {
 
     /// Attention transfer; `None` where nothing trains.
     pub fn transfer(&self, s: &recipe::Transfer, train_tokens: Option<u64>) -> Option<Stage> {
-        let (a, w) = (self.a, &self.widths);
+        let a = self.a;
         let last = *self.converted.last()?;
         let tokens = train_tokens.map_or(s.tokens, |t| s.budget(t));
         let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
@@ -158,14 +167,12 @@ impl<'a> Costs<'a> {
         let teacher = (last + 1) as f64 * Softmax.flops_per_token(a, s.seq_len);
         let student = 3.0 * self.converted.len() as f64 * self.design.flops_per_token(a, s.seq_len);
 
-        let layer = w.hidden + 2 * w.packed + 4 * w.query + 4 * w.features;
-        let mlp = 5 * w.hidden + 2 * w.packed + w.query + 3 * w.mlp;
         let squares = match (self.device, s.attention_ce_weight > 0.0) {
             (PlanDevice::Cpu, false) => 0,
             (PlanDevice::Cuda, false) => 12,
             (_, true) => 18,
         };
-        let working = self.activations(micro, s.seq_len, layer.max(mlp)) + self.squares(micro, s.seq_len, squares);
+        let working = self.activations(micro, s.seq_len, self.layer()) + self.squares(micro, s.seq_len, squares);
         let size = Size { tokens, seq_len: s.seq_len, batch: s.batch, micro };
         let params = Params { trainable: self.new, resting: 0 };
         self.stage("transfer", size, params, frozen + teacher + student, 0, working)
@@ -203,12 +210,7 @@ impl<'a> Costs<'a> {
         let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
         let squares = if self.device == PlanDevice::Cuda { 16 } else { 0 };
         let block = self.activations(micro, s.seq_len, graph + gradients) + self.squares(micro, s.seq_len, squares);
-        let rows = block_rows(a.vocab).min(micro * s.seq_len) as u64;
-        let copies = match self.device {
-            PlanDevice::Cpu => 2 + taught as u64,
-            PlanDevice::Cuda => 8 + 3 * taught as u64,
-        };
-        let logits = rows * a.vocab as u64 * 4 * copies;
+        let logits = self.logits(micro * s.seq_len, taught);
         let inputs = self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden);
         let size = Size { tokens, seq_len: s.seq_len, batch: s.batch, micro };
         let params = match s.lr_mixer > 0.0 {
@@ -216,6 +218,36 @@ impl<'a> Costs<'a> {
             false => Params { trainable: adapters, resting: self.new },
         };
         self.stage("recover", size, params, flops, inputs, block.max(logits))
+    }
+
+    /// Verification on sequences of `seq_len` tokens.
+    pub fn verify(&self, seq_len: usize) -> Memory {
+        let working = self.activations(1, seq_len, self.layer()) + self.logits(seq_len, true);
+        Memory::new(3 * self.weights(), 2 * 4 * self.new, 0, working)
+    }
+
+    /// Frozen weights of one model in memory.
+    fn weights(&self) -> u64 {
+        let a = self.a;
+        let embeddings = (a.vocab * a.hidden) as u64 * if a.tied { 1 } else { 2 };
+        let elements = embeddings + a.layers as u64 * a.block_parameters() as u64 + a.hidden as u64;
+        elements * self.device.element()
+    }
+
+    /// Elements per token at the widest point of a layer outside of recovery.
+    fn layer(&self) -> u64 {
+        let w = &self.widths;
+        let attention = w.hidden + 2 * w.packed + 4 * w.query + 6 * w.features;
+        attention.max(5 * w.hidden + 2 * w.packed + w.query + 3 * w.mlp)
+    }
+
+    /// Bytes of one block of logits with their gradient, and a teacher's.
+    fn logits(&self, rows: usize, taught: bool) -> u64 {
+        let copies = match self.device {
+            PlanDevice::Cpu => 2 + taught as u64,
+            PlanDevice::Cuda => 8 + 3 * taught as u64,
+        };
+        4 * copies * (block_rows(self.a.vocab).min(rows) * self.a.vocab) as u64
     }
 
     fn activations(&self, micro: usize, seq_len: usize, width: u64) -> u64 {
@@ -241,10 +273,6 @@ impl<'a> Costs<'a> {
         if tokens == 0 || trainable == 0 {
             return None;
         }
-        let a = self.a;
-        let embeddings = (a.vocab * a.hidden) as u64 * if a.tied { 1 } else { 2 };
-        let frozen = embeddings + a.layers as u64 * a.block_parameters() as u64 + a.hidden as u64;
-        let weights = frozen * self.device.element();
         let optimizer = 4 * (5 * trainable + resting);
         let (steps, tokens_per_step) = (steps(tokens, batch, seq_len), (batch * seq_len) as u64);
         Some(Stage {
@@ -257,7 +285,7 @@ impl<'a> Costs<'a> {
             batch,
             micro_batch: micro,
             flops: flops_per_token * (steps * tokens_per_step) as f64,
-            memory: Memory { weights, optimizer, inputs, working, total: weights + optimizer + inputs + working },
+            memory: Memory::new(self.weights(), optimizer, inputs, working),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! The plan as tables for people: repeated tensors in one row, so that any model fits a page.
 
-use super::{Fate, Plan, Stage, Tensor, Total};
+use super::{Fate, Memory, Plan, Stage, Tensor, Total};
 
 /// One table: a title, column heads (none for a list of names and values) and rows of as many cells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,9 +47,7 @@ impl Plan {
             vec![fate.word().to_string(), tensors.to_string(), bytes(*size)]
         });
         sections.push(Section { title: "Fates", columns: vec!["fate", "tensors", "size"], rows: fates.collect() });
-        if !self.stages.is_empty() {
-            sections.push(stages(&self.stages));
-        }
+        sections.push(stages(&self.stages, &self.verify));
         let mut disk = vec![("export", self.disk.export), ("run folder", self.disk.run)];
         if self.disk.download > 0 {
             disk.push(("download", self.disk.download));
@@ -140,23 +138,9 @@ fn split(name: &str) -> (&str, Option<usize>, &str) {
     }
 }
 
-fn stages(list: &[Stage]) -> Section {
-    let names = [
-        "trains",
-        "tokens",
-        "steps",
-        "sequences per step",
-        "at once",
-        "tokens per sequence",
-        "operations",
-        "memory",
-        "of which weights",
-        "training state",
-        "block inputs",
-        "working space",
-    ];
-    let cells = |s: &Stage| {
-        let m = &s.memory;
+/// A column for each training stage, and one for the memory of verification.
+fn stages(list: &[Stage], verify: &Memory) -> Section {
+    let trains = |s: &Stage| {
         [
             count(s.trainable),
             count(s.tokens),
@@ -165,23 +149,31 @@ fn stages(list: &[Stage]) -> Section {
             s.micro_batch.to_string(),
             s.seq_len.to_string(),
             scaled(s.flops, "FLOP"),
-            bytes(m.total),
-            bytes(m.weights),
-            bytes(m.optimizer),
-            bytes(m.inputs),
-            bytes(m.working),
         ]
     };
-    let columns: Vec<_> = list.iter().map(cells).collect();
-    let row = |(i, name): (usize, &&str)| {
-        let mut row = vec![name.to_string()];
-        row.extend(columns.iter().map(|c| c[i].clone()));
-        row
-    };
-    let mut heads = vec![""];
-    heads.extend(list.iter().map(|s| s.name));
-    Section { title: "Stages", columns: heads, rows: names.iter().enumerate().map(row).collect() }
+    let holds = |m: &Memory| [m.total, m.weights, m.optimizer, m.inputs, m.working].map(bytes);
+    let mut columns = vec![("", STAGE_ROWS.map(String::from).to_vec())];
+    columns.extend(list.iter().map(|s| (s.name, [&trains(s)[..], &holds(&s.memory)].concat())));
+    columns.push(("verify", [vec![String::new(); 7], holds(verify).to_vec()].concat()));
+    let row = |i: usize| columns.iter().map(|(_, cells)| cells[i].clone()).collect();
+    let rows = (0..STAGE_ROWS.len()).map(row).collect();
+    Section { title: "Stages", columns: columns.iter().map(|(head, _)| *head).collect(), rows }
 }
+
+const STAGE_ROWS: [&str; 12] = [
+    "trains",
+    "tokens",
+    "steps",
+    "sequences per step",
+    "at once",
+    "tokens per sequence",
+    "operations",
+    "memory",
+    "of which weights",
+    "training state",
+    "block inputs",
+    "working space",
+];
 
 /// Ascending numbers as `0..3, 7, 9..11`, both ends included.
 pub fn ranges(numbers: &[usize]) -> String {
