@@ -170,7 +170,7 @@ fn a_model_without_its_tokenizer() {
 #[test]
 fn plan_and_inspection() {
     let plan = json(&["plan", FIXTURE, "--recipe", "tiny/lolcats", "--json"]);
-    let wanted = ["model", "recipe", "device", "layers", "tensors", "fates", "stages", "disk", "warnings"];
+    let wanted = ["model", "recipe", "device", "layers", "tensors", "fates", "stages", "verify", "disk", "warnings"];
     assert_eq!(keys(&plan), wanted);
     assert_eq!(plan["layers"]["converted"], serde_json::json!([0, 1, 2, 3]));
     let stages: Vec<&Value> = plan["stages"].as_array().unwrap().iter().map(|s| &s["name"]).collect();
