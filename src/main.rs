@@ -11,6 +11,9 @@ use margay::error::{Error, Kind};
 use cli::Cli;
 use cli::output::Output;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Gradients are found by recursion over the graph, which is deep where sequences are long.
 const STACK: usize = 256 << 20;
 
