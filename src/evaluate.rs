@@ -136,7 +136,7 @@ pub fn linear_shares(model: Subject, ids: &Tensor) -> Result<Vec<Option<f64>>> {
         let heads = block.heads(&x, &tables, model.net.adapters.as_ref(), None)?;
         if mixer.is_softmax() {
             shares.push(None);
-            x = block.finish(&x, &mixer.forward(&heads)?, model.net.adapters.as_ref(), None)?;
+            x = block.finish(&x, &mixer.forward(&heads)?, model.net.adapters.as_ref(), None)?.detach();
             continue;
         }
         let (y, weights) = mixer.parallel(&heads)?;
@@ -147,7 +147,7 @@ pub fn linear_shares(model: Subject, ids: &Tensor) -> Result<Vec<Option<f64>>> {
         let total = weights.all.sum_all()?;
         let scalar = |x: Tensor| x.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>();
         shares.push(Some(1.0 - scalar(inside)? / scalar(total)?));
-        x = block.finish(&x, &y, model.net.adapters.as_ref(), None)?;
+        x = block.finish(&x, &y, model.net.adapters.as_ref(), None)?.detach();
     }
     Ok(shares)
 }

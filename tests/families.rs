@@ -274,6 +274,22 @@ fn every_setting_of_the_decoder_equals_its_definition() {
 }
 
 #[test]
+fn decoding_keeps_no_graph() {
+    let config = tiny_model::config(json!({}));
+    let folder = tiny_model::folder(&config, &tiny_model::weights(&config));
+    let (model, decoder) = tiny_model::open(folder.path()).unwrap();
+    let design = margay::mixers::lolcats::Config { window: 2, ..Default::default() };
+    let net = margay::convert::swap::swap(model.architecture(), &design, &[0, 2], 0, &CPU).unwrap();
+    assert!(!decoder.hidden(&ids(&TOKENS), &net).unwrap().track_op());
+    let mut states = net.states();
+    for piece in TOKENS.chunks(5) {
+        assert!(!decoder.extend(&ids(piece), &net, &mut states).unwrap().track_op());
+        assert!(states.iter().flat_map(|s| s.tensors.values()).all(|t| !t.track_op()));
+    }
+    assert!(states[0].tensors.contains_key("s"), "the window has been left");
+}
+
+#[test]
 fn the_window_of_the_teacher_hides_what_lies_before_it() {
     let window = |n: Value| {
         tiny_model::config(

@@ -141,12 +141,13 @@ impl Decoder {
         Ok(tables)
     }
 
-    /// Normalised last hidden state [B, T, N] of whole sequences [B, T], without a state.
+    /// Normalised last hidden state [B, T, N] of whole sequences [B, T], without a state. Each block's graph is dropped
+    /// with the block: nothing here is differentiated.
     pub fn hidden(&self, ids: &Tensor, net: &Net) -> TensorResult<Tensor> {
         let tables = self.tables(0, ids.dim(1)?)?;
         let mut x = self.embed(ids)?;
         for (block, mixer) in self.blocks.iter().zip(&net.mixers) {
-            x = block.forward(&x, mixer.as_ref(), &tables, net.adapters.as_ref(), None)?;
+            x = block.forward(&x, mixer.as_ref(), &tables, net.adapters.as_ref(), None)?.detach();
         }
         self.final_norm(&x)
     }
@@ -159,7 +160,9 @@ impl Decoder {
         for ((block, mixer), state) in self.blocks.iter().zip(&net.mixers).zip(states) {
             let heads = block.heads(&x, &tables, net.adapters.as_ref(), None)?;
             let y = mixer.extend(&heads, state)?;
-            x = block.finish(&x, &y, net.adapters.as_ref(), None)?;
+            // A state that remembered how it was computed would grow with every token.
+            state.tensors.values_mut().for_each(|t| *t = t.detach());
+            x = block.finish(&x, &y, net.adapters.as_ref(), None)?.detach();
         }
         self.final_norm(&x)
     }
