@@ -129,7 +129,7 @@ fn a_full_conversion_says_everything_and_reopens() {
         let job = home.job("out", &["export.max_shard_size='20KB'"]);
         let report = done(&job);
         let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
-        assert_eq!(names, ["teacher", "swapped", "transferred", "recovered", "merged", "exported"]);
+        assert_eq!(names, ["teacher", "swapped", "transferred", "recovered", "exported"]);
         for stage in ["transfer", "recover"] {
             let (first, best) = losses(&job.out, stage);
             assert!(best < 0.9 * first, "{stage}: {first} to {best}");

