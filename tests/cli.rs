@@ -122,7 +122,7 @@ fn copying_a_recipe_overwrites_nothing() {
     let file = dir.path().join("own.toml").display().to_string();
     says(&["recipe", "copy", "tiny/lolcats", &file]);
     let written = fs::read_to_string(&file).unwrap();
-    assert!(written.contains("[mixer]"));
+    assert!(written.contains("[transfer]"));
     assert_snapshot!("recipe-copy-again", shown(&["recipe", "copy", "llama/lolcats", &file], dir.path()));
     assert_eq!(fs::read_to_string(&file).unwrap(), written);
 }
