@@ -25,7 +25,7 @@ impl Sampler {
         Sampler::new(0.0, 1.0, 0)
     }
 
-    /// Chooses from logits [V].
+    /// Chooses from logits `[V]`.
     pub fn choose(&mut self, logits: &[f32]) -> u32 {
         let best = |a: &(usize, f32), b: &(usize, f32)| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0));
         let (top, largest) = logits.iter().copied().enumerate().max_by(best).unwrap_or((0, 0.0));

@@ -122,7 +122,7 @@ pub enum Role {
     Head,
     InputNorm(usize),
     PostAttentionNorm(usize),
-    /// A projection's weight [out, in] or bias [out].
+    /// A projection's weight `[out, in]` or bias `[out]`.
     Weight(usize, Projection),
     Bias(usize, Projection),
 }

@@ -14,9 +14,9 @@ use super::{cpu, loss};
 
 /// What [`head_loss`] optimises and measures.
 pub struct Target<'a> {
-    /// [M] u32, the next token of each row.
+    /// `[M]` u32, the next token of each row.
     pub tokens: &'a Tensor,
-    /// [M] f32, 0 where a row does not count.
+    /// `[M]` f32, 0 where a row does not count.
     pub mask: Option<&'a Tensor>,
     /// [M, N], the teacher's final hidden state.
     pub teacher: Option<&'a Tensor>,

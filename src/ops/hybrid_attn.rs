@@ -12,7 +12,7 @@
 //! another function.
 //!
 //! Shapes: `qkv` [B, T, H + 2 Hkv, D] with rotated queries and keys, `features` [B, T, 2 H, F] (φq of every head, then
-//! φk of every *query* head), `factors` [H] the window factors before the sigmoid; result [B, T, H, D].
+//! φk of every *query* head), `factors` `[H]` the window factors before the sigmoid; result [B, T, H, D].
 //!
 //! The fast form walks chunks of rows with the state S = Σ φk_j [v_j, 1] of all keys before the chunk's reach, so its
 //! cost is linear in T. Its backward keeps the states of one head at a time and recomputes the rest.

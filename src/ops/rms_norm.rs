@@ -1,4 +1,4 @@
-//! RMSNorm with a gradient: `y = x / sqrt(mean(x²) + eps) * weight` over the last axis, weight [N] frozen.
+//! RMSNorm with a gradient: `y = x / sqrt(mean(x²) + eps) * weight` over the last axis, weight `[N]` frozen.
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
