@@ -9,8 +9,6 @@ use crate::checkpoint::config::Config;
 use crate::checkpoint::{Checkpoint, Headers};
 use crate::error::{Error, Kind, Result};
 use crate::families::{self, Architecture, Claim, Family};
-use crate::mixers::softmax::Softmax;
-use crate::mixers::{Design, Mixer};
 use crate::model::{Decoder, Net};
 use crate::params::Param;
 use crate::progress::Progress;
@@ -119,20 +117,11 @@ impl Model {
     pub fn net(&self, device: &Device) -> Result<Net> {
         let a = self.architecture();
         let Some(l) = &self.description.linearization else { return Ok(Net::teacher(a)) };
-        let design = l.mixer.design();
-        let mixer = |layer: usize| -> Result<Box<dyn Mixer>> {
-            if !l.layers.contains(&layer) {
-                return Ok(Softmax.build(a, Vec::new()));
-            }
-            let read = |spec: crate::mixers::Spec| -> Result<Param> {
-                let name = tensor_name(layer, spec.name);
-                let tensor = self.checkpoint.shaped(&name, &spec.shape, DType::F32, device)?;
-                Ok(Param { name, var: Var::from_tensor(&tensor)?, scalar: spec.scalar })
-            };
-            let params = design.specs(a).into_iter().map(read).collect::<Result<Vec<_>>>()?;
-            Ok(design.build(a, params))
-        };
-        Ok(Net { mixers: (0..a.layers).map(mixer).collect::<Result<_>>()?, adapters: None })
+        Net::of(a, l.mixer.design(), &l.layers, |layer, spec| {
+            let name = tensor_name(layer, spec.name);
+            let tensor = self.checkpoint.shaped(&name, &spec.shape, DType::F32, device)?;
+            Ok(Param { name, var: Var::from_tensor(&tensor)?, scalar: spec.scalar })
+        })
     }
 }
 

@@ -14,9 +14,9 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::families::{Architecture, Role};
 use crate::mixers::softmax::Softmax;
-use crate::mixers::{Design, Mixer, State};
+use crate::mixers::{Design, Mixer, Spec, State};
 use crate::ops::rms_norm::rms_norm;
-use crate::params::Adapters;
+use crate::params::{Adapters, Param};
 use crate::progress::Progress;
 
 pub use block::Block;
@@ -55,6 +55,24 @@ impl Net {
     pub fn teacher(architecture: &Architecture) -> Net {
         let mixers = (0..architecture.layers).map(|_| Softmax.build(architecture, Vec::new())).collect();
         Net { mixers, adapters: None }
+    }
+
+    /// `design` in the `converted` layers with the tensors that `param` gives, softmax in the others.
+    pub fn of(
+        architecture: &Architecture,
+        design: &dyn Design,
+        converted: &[usize],
+        param: impl Fn(usize, Spec) -> Result<Param>,
+    ) -> Result<Net> {
+        let mixer = |layer: usize| {
+            if !converted.contains(&layer) {
+                return Ok(Softmax.build(architecture, Vec::new()));
+            }
+            let params = design.specs(architecture).into_iter().map(|spec| param(layer, spec));
+            Ok(design.build(architecture, params.collect::<Result<Vec<_>>>()?))
+        };
+        let mixers = (0..architecture.layers).map(mixer).collect::<Result<_>>()?;
+        Ok(Net { mixers, adapters: None })
     }
 
     /// An empty state for every layer.
