@@ -139,20 +139,80 @@ fn keep_mask(shape: &[usize], p: f64, seed: u64, stream: u64, device: &Device) -
     Tensor::from_vec(data, shape, device)
 }
 
-/// A frozen projection: `x Wᵀ + b`.
-pub struct Frozen {
-    /// [out, in]
-    pub weight: Tensor,
-    pub bias: Option<Tensor>,
+/// Frozen projections of one input, stacked so that one product serves them all: `x Wᵀ + b`.
+pub struct Stack {
+    /// Each projection with its first row and its row count.
+    members: Vec<(Projection, usize, usize)>,
+    /// [rows of all, in]
+    weight: Tensor,
+    bias: Option<Tensor>,
 }
 
-impl Frozen {
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let y = linear(x, &self.weight)?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
+impl Stack {
+    /// Stacks weights [out, in] with their biases; zeros stand for a bias that is missing beside others.
+    pub fn new(parts: Vec<(Projection, Tensor, Option<Tensor>)>) -> Result<Stack> {
+        let mut members = Vec::with_capacity(parts.len());
+        let mut start = 0;
+        for (p, weight, _) in &parts {
+            let rows = weight.dim(0)?;
+            members.push((*p, start, rows));
+            start += rows;
         }
+        let bias = if parts.iter().any(|(_, _, bias)| bias.is_some()) {
+            let of = |(_, weight, bias): &(Projection, Tensor, Option<Tensor>)| match bias {
+                Some(bias) => Ok(bias.clone()),
+                None => Tensor::zeros(weight.dim(0)?, weight.dtype(), weight.device()),
+            };
+            Some(Tensor::cat(&parts.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?)
+        } else {
+            None
+        };
+        let weights: Vec<Tensor> = parts.into_iter().map(|(_, weight, _)| weight).collect();
+        let weight = if let [one] = weights.as_slice() { one.clone() } else { Tensor::cat(&weights, 0)? };
+        Ok(Stack { members, weight, bias })
+    }
+
+    fn member(&self, p: Projection) -> Option<(usize, usize)> {
+        self.members.iter().find(|m| m.0 == p).map(|m| (m.1, m.2))
+    }
+
+    /// The weight [out, in] of a projection that is in here.
+    pub fn weight(&self, p: Projection) -> Option<Result<Tensor>> {
+        self.member(p).map(|(start, rows)| self.weight.narrow(0, start, rows))
+    }
+
+    /// Replaces the weight of a projection that is in here.
+    pub fn set_weight(&mut self, p: Projection, weight: &Tensor) -> Result<()> {
+        match self.member(p) {
+            Some((start, _)) => self.weight.slice_set(&weight.contiguous()?, 0, start),
+            None => candle_core::bail!("{} is not in this stack", p.name()),
+        }
+    }
+
+    /// All projections of `x` [.., in] side by side, [.., rows of all], with what adapters of `layer` add.
+    pub fn apply(&self, layer: usize, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> Result<Tensor> {
+        let mut y = linear(x, &self.weight)?;
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        let Some(lora) = lora else { return Ok(y) };
+        let changes = self.members.iter().map(|(p, ..)| lora.apply(layer, *p, x, noise));
+        let changes = changes.collect::<Result<Vec<_>>>()?;
+        if changes.iter().all(Option::is_none) {
+            return Ok(y);
+        }
+        if let [Some(change)] = changes.as_slice() {
+            return y + change;
+        }
+        let mut shape = x.dims().to_vec();
+        let mut parts = Vec::with_capacity(changes.len());
+        for (change, (_, _, rows)) in changes.into_iter().zip(&self.members) {
+            if let Some(last) = shape.last_mut() {
+                *last = *rows;
+            }
+            parts.push(change.map_or_else(|| Tensor::zeros(shape.as_slice(), y.dtype(), y.device()), Ok)?);
+        }
+        y + Tensor::cat(&parts, shape.len() - 1)?
     }
 }
 

@@ -37,12 +37,12 @@ pub fn merge(
     };
     let mut weights = 0;
     for (layer, projection) in adapters.targets().collect::<Vec<_>>() {
-        let old = decoder.block(layer).weight(projection);
-        if let Some(new) = adapters.merged(layer, projection, old)? {
+        let old = decoder.block(layer).weight(projection)?;
+        if let Some(new) = adapters.merged(layer, projection, &old)? {
             let name = decoder.architecture.name(Role::Weight(layer, projection));
             let stored = DType::try_from(stored(&name)?)?;
             let rounded = new.to_dtype(stored)?.to_dtype(decoder.dtype)?;
-            decoder.block_mut(layer).set_weight(projection, rounded);
+            decoder.block_mut(layer).set_weight(projection, &rounded)?;
             weights += 1;
         }
     }

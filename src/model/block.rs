@@ -8,7 +8,7 @@ use crate::families::{Architecture, Projection, Role};
 use crate::mixers::{Heads, Mixer};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::swiglu::swiglu;
-use crate::params::{Adapters, Frozen};
+use crate::params::{Adapters, Stack};
 
 /// Frozen weights of one block.
 pub struct Block {
@@ -19,16 +19,21 @@ pub struct Block {
     norm_eps: f64,
     input_norm: Tensor,
     post_norm: Tensor,
-    /// In the order of [`Projection::ALL`].
-    projections: Vec<Frozen>,
+    qkv: Stack,
+    o: Stack,
+    gate_up: Stack,
+    down: Stack,
 }
 
 impl Block {
     /// Reads the block's tensors by role.
     pub(super) fn load(a: &Architecture, layer: usize, read: &dyn Fn(Role) -> Result<Tensor>) -> Result<Block> {
-        let frozen = |p| {
-            let bias = if a.bias(p) { Some(read(Role::Bias(layer, p))?) } else { None };
-            Ok(Frozen { weight: read(Role::Weight(layer, p))?, bias })
+        let stack = |members: &[Projection]| -> Result<Stack> {
+            let part = |p: &Projection| {
+                let bias = if a.bias(*p) { Some(read(Role::Bias(layer, *p))?) } else { None };
+                Ok((*p, read(Role::Weight(layer, *p))?, bias))
+            };
+            Ok(Stack::new(members.iter().map(part).collect::<Result<_>>()?)?)
         };
         Ok(Block {
             layer,
@@ -38,25 +43,31 @@ impl Block {
             norm_eps: a.norm_eps,
             input_norm: read(Role::InputNorm(layer))?,
             post_norm: read(Role::PostAttentionNorm(layer))?,
-            projections: Projection::ALL.into_iter().map(frozen).collect::<Result<_>>()?,
+            qkv: stack(&[Projection::Q, Projection::K, Projection::V])?,
+            o: stack(&[Projection::O])?,
+            gate_up: stack(&[Projection::Gate, Projection::Up])?,
+            down: stack(&[Projection::Down])?,
         })
     }
 
-    pub fn weight(&self, p: Projection) -> &Tensor {
-        &self.projections[p as usize].weight
+    fn stack(&mut self, p: Projection) -> &mut Stack {
+        match p {
+            Projection::Q | Projection::K | Projection::V => &mut self.qkv,
+            Projection::O => &mut self.o,
+            Projection::Gate | Projection::Up => &mut self.gate_up,
+            Projection::Down => &mut self.down,
+        }
+    }
+
+    /// The weight [out, in] of a projection.
+    pub fn weight(&self, p: Projection) -> TensorResult<Tensor> {
+        let stacks = [&self.qkv, &self.o, &self.gate_up, &self.down];
+        stacks.into_iter().find_map(|s| s.weight(p)).unwrap_or_else(|| candle_core::bail!("no {} here", p.name()))
     }
 
     /// Replaces a projection's weight: a merged adapter.
-    pub fn set_weight(&mut self, p: Projection, weight: Tensor) {
-        self.projections[p as usize].weight = weight;
-    }
-
-    fn project(&self, p: Projection, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
-        let y = self.projections[p as usize].apply(x)?;
-        match lora.map(|l| l.apply(self.layer, p, x, noise)).transpose()?.flatten() {
-            Some(change) => y + change,
-            None => Ok(y),
-        }
+    pub fn set_weight(&mut self, p: Projection, weight: &Tensor) -> TensorResult<()> {
+        self.stack(p).set_weight(p, weight)
     }
 
     /// Queries, keys and values of `x` [B, T, N], packed and not yet rotated.
@@ -69,8 +80,7 @@ impl Block {
     ) -> TensorResult<Heads<'a>> {
         let (b, t, _) = x.dims3()?;
         let x = rms_norm(x, &self.input_norm, self.norm_eps)?;
-        let part = |p| self.project(p, &x, lora, noise);
-        let qkv = Tensor::cat(&[part(Projection::Q)?, part(Projection::K)?, part(Projection::V)?], 2)?;
+        let qkv = self.qkv.apply(self.layer, &x, lora, noise)?;
         let qkv = qkv.reshape((b, t, self.heads + 2 * self.kv_heads, self.head_dim))?;
         Ok(Heads::new(qkv, self.heads, self.kv_heads, &tables.cos, &tables.sin))
     }
@@ -79,12 +89,10 @@ impl Block {
     pub fn finish(&self, x: &Tensor, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
         let (b, t, _) = x.dims3()?;
         let y = y.reshape((b, t, self.heads * self.head_dim))?;
-        let x = (x + self.project(Projection::O, &y, lora, noise)?)?;
+        let x = (x + self.o.apply(self.layer, &y, lora, noise)?)?;
         let inner = rms_norm(&x, &self.post_norm, self.norm_eps)?;
-        let gate = self.project(Projection::Gate, &inner, lora, noise)?;
-        let up = self.project(Projection::Up, &inner, lora, noise)?;
-        let down = self.project(Projection::Down, &swiglu(&gate, &up)?, lora, noise)?;
-        x + down
+        let gate_up = self.gate_up.apply(self.layer, &inner, lora, noise)?;
+        x + self.down.apply(self.layer, &swiglu(&gate_up)?, lora, noise)?
     }
 
     /// The whole block.

@@ -1,8 +1,8 @@
 //! The operations under the mixers and the decoder, one file each.
 //!
 //! A file holds, in this order: formula and shapes; the plain tensor form, whose gradient is the oracle; the fast CPU
-//! form with its hand-written backward; tests. Every public function takes the fast form where it exists (f32 on the
-//! CPU) and the plain form elsewhere.
+//! form with its hand-written backward; the launch of the CUDA form (`kernels/<op>.cu`); tests. Every public function
+//! takes the fast form where it exists (f32 on the CPU, bf16 and mostly f32 on a GPU) and the plain form elsewhere.
 //!
 //! Sequences are laid out `[batch, time, heads, dim]`, the layout projections produce, with queries, keys and values
 //! packed along the head axis: heads `0..H` are queries, then `Hkv` keys, then `Hkv` values.
@@ -13,6 +13,8 @@
 #[cfg(test)]
 pub(crate) mod check;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod feature_map;
 pub mod head_loss;
 pub mod hybrid_attn;

@@ -6,6 +6,10 @@ use rayon::prelude::*;
 use super::cpu;
 
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::ready(x) {
+        return on_gpu(&x.contiguous()?, &weight.to_dtype(x.dtype())?.contiguous()?, eps as f32);
+    }
     if !super::fast(x) {
         return plain(x, weight, eps);
     }
@@ -17,6 +21,40 @@ pub fn plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let wide = x.to_dtype(super::wide(x.dtype()))?;
     let mean = (wide.sqr()?.sum_keepdim(D::Minus1)? / x.dim(D::Minus1)? as f64)?;
     wide.broadcast_div(&(mean + eps)?.sqrt()?)?.to_dtype(x.dtype())?.broadcast_mul(&weight.to_dtype(x.dtype())?)
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    use super::cuda::{Output, code, device_of, launch, pointer};
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        fn margay_rms_norm(
+            y: *mut c_void,
+            x: *const c_void,
+            w: *const c_void,
+            g: *const c_void,
+            rows: c_int,
+            n: c_int,
+            eps: f32,
+            dtype: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+    }
+    let run = move |x: &Tensor, weight: &Tensor, grad: Option<&Tensor>| -> Result<Output> {
+        let (device, n) = (device_of(x)?, weight.elem_count());
+        let y = Output::new(device, x.shape(), x.dtype())?;
+        let (out, x_at, w_at, dtype) = (y.pointer()?, pointer(x)?, pointer(weight)?, code(x.dtype())?);
+        let g_at = grad.map(pointer).transpose()?.unwrap_or(std::ptr::null());
+        let rows = (x.elem_count() / n) as c_int;
+        // SAFETY: all operands are contiguous [rows, n] or [n] of one precision on this device.
+        launch(device, "rms_norm", |stream| unsafe {
+            margay_rms_norm(out, x_at, w_at, g_at, rows, n as c_int, eps, dtype, stream)
+        })?;
+        Ok(y)
+    };
+    let weight = weight.clone();
+    let y = run(x, &weight, None)?;
+    y.node([x], "rms_norm", Box::new(move |[x], _, grad| Ok([Some(run(x, &weight, Some(grad))?.tensor())])))
 }
 
 struct Op {

@@ -10,6 +10,10 @@ use super::cpu;
 
 /// Cosines and sines [T, D / 2] of the positions of `x`.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::ready(x) && x.dim(3)?.is_multiple_of(4) {
+        return on_gpu(&x.contiguous()?, &cos.contiguous()?, &sin.contiguous()?, rotated);
+    }
     if !super::fast(x) {
         return plain(x, cos, sin, rotated);
     }
@@ -31,6 +35,46 @@ pub fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<T
         return Ok(turned);
     }
     Tensor::cat(&[turned, x.narrow(2, rotated, heads - rotated)?], 2)
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Tensor> {
+    use super::cuda::{Output, code, device_of, launch, pointer};
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        fn margay_rope(
+            y: *mut c_void,
+            x: *const c_void,
+            cos: *const c_void,
+            sin: *const c_void,
+            rows: c_int,
+            time: c_int,
+            heads: c_int,
+            dim: c_int,
+            rotated: c_int,
+            sign: f32,
+            dtype: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+    }
+    let (cos, sin) = (cos.clone(), sin.clone());
+    let run = move |x: &Tensor, sign: f32| -> Result<Output> {
+        let ((batch, time, heads, dim), device) = (x.dims4()?, device_of(x)?);
+        if cos.elem_count() != time * dim / 2 {
+            candle_core::bail!("rotary table {:?} for {time} positions of {dim}", cos.shape());
+        }
+        let y = Output::new(device, x.shape(), x.dtype())?;
+        let (out, x_at, cos_at, sin_at) = (y.pointer()?, pointer(x)?, pointer(&cos)?, pointer(&sin)?);
+        let dtype = code(x.dtype())?;
+        let [rows, time, heads, dim, rotated] = [batch * time, time, heads, dim, rotated].map(|n| n as c_int);
+        // SAFETY: x and y are contiguous [rows, heads, dim], the tables [time, dim / 2] f32, all on this device.
+        launch(device, "rope", |stream| unsafe {
+            margay_rope(out, x_at, cos_at, sin_at, rows, time, heads, dim, rotated, sign, dtype, stream)
+        })?;
+        Ok(y)
+    };
+    let y = run(x, 1.0)?;
+    y.node([x], "rope", Box::new(move |_, _, grad| Ok([Some(run(grad, -1.0)?.tensor())])))
 }
 
 struct Op {

@@ -1,0 +1,282 @@
+//! What the CUDA forms share: whether kernels can run, device pointers, fresh outputs, error codes.
+//!
+//! Every kernel runs on the one stream of its device, in the order of the calls, so an operand may be dropped as soon as
+//! the launch returned: its memory is given back in stream order.
+
+use std::ffi::c_void;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{DevicePtr, sys};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape,
+    Storage, Tensor, bail,
+};
+use half::{bf16, f16};
+
+/// Oldest compute capability that kernels are built for.
+pub const OLDEST: (i32, i32) = (8, 0);
+
+/// Opens GPU `number` the way the kernels need it: no events between streams (there is one stream), and memory given
+/// back to the driver only at the end, since every step asks for the same sizes again.
+pub fn open(number: usize) -> Result<Device> {
+    let device = Device::new_cuda(number)?;
+    let Device::Cuda(cuda) = &device else { bail!("GPU {number} did not open as a CUDA device") };
+    // SAFETY: all tensors of this device live on its one stream.
+    unsafe { cuda.disable_event_tracking() };
+    let mut pool = std::ptr::null_mut();
+    let mut keep = u64::MAX;
+    // SAFETY: plain driver calls on an open device; both pointers outlive them.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, number as i32).result().map_err(candle_core::Error::wrap)?;
+        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let value = std::ptr::from_mut(&mut keep).cast::<c_void>();
+        sys::cuMemPoolSetAttribute(pool, threshold, value).result().map_err(candle_core::Error::wrap)?;
+    }
+    Ok(device)
+}
+
+/// Compute capability of a device.
+pub fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
+    device.cuda_stream().context().compute_capability().map_err(candle_core::Error::wrap)
+}
+
+/// Whether kernels run on this tensor: on a GPU that is new enough, in a precision they have.
+pub fn ready(x: &Tensor) -> bool {
+    let Device::Cuda(device) = x.device() else { return false };
+    matches!(x.dtype(), DType::BF16 | DType::F32) && capability(device).is_ok_and(|c| c >= OLDEST)
+}
+
+/// The number that kernels know a precision by.
+pub fn code(dtype: DType) -> Result<i32> {
+    match dtype {
+        DType::F32 => Ok(0),
+        DType::BF16 => Ok(1),
+        _ => bail!("kernels have f32 and bf16, not {dtype:?}"),
+    }
+}
+
+pub fn device_of(x: &Tensor) -> Result<&CudaDevice> {
+    x.device().as_cuda_device()
+}
+
+/// Address of the first element of a contiguous tensor.
+pub fn pointer(x: &Tensor) -> Result<*const c_void> {
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => storage_pointer(storage, layout),
+        _ => bail!("a kernel got a tensor on {:?}", x.device().location()),
+    }
+}
+
+/// Address of the first element of a contiguous storage.
+pub fn storage_pointer(storage: &CudaStorage, layout: &Layout) -> Result<*const c_void> {
+    let Some((start, _)) = layout.contiguous_offsets() else {
+        bail!("a kernel needs contiguous memory, got strides {:?}", layout.stride())
+    };
+    let stream = storage.device().cuda_stream();
+    macro_rules! address {
+        ($t:ty) => {
+            storage.as_cuda_slice::<$t>()?.device_ptr(&stream).0 as usize
+        };
+    }
+    let base = match storage.dtype() {
+        DType::F32 => address!(f32),
+        DType::BF16 => address!(bf16),
+        DType::F16 => address!(f16),
+        DType::U32 => address!(u32),
+        DType::U8 => address!(u8),
+        DType::I64 => address!(i64),
+        DType::F64 => address!(f64),
+        dtype => bail!("a kernel got {dtype:?}"),
+    };
+    Ok((base + start * storage.dtype().size_in_bytes()) as *const c_void)
+}
+
+/// Calls a launcher with the device's stream; its result is a `cudaError_t`.
+pub fn launch(device: &CudaDevice, what: &str, call: impl FnOnce(*mut c_void) -> i32) -> Result<()> {
+    let stream = device.cuda_stream();
+    match call(stream.cu_stream().cast()) {
+        0 => Ok(()),
+        code => bail!("kernel `{what}` failed with CUDA error {code}"),
+    }
+}
+
+/// Memory that a kernel will fill.
+pub struct Output {
+    storage: CudaStorage,
+    shape: Shape,
+}
+
+impl Output {
+    /// Uninitialised elements.
+    pub fn new(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<Output> {
+        let shape = shape.into();
+        let count = shape.elem_count();
+        // SAFETY (all): the kernel this is for writes every element before anything reads one.
+        let storage = match dtype {
+            DType::F32 => CudaStorage::wrap_cuda_slice(unsafe { device.alloc::<f32>(count)? }, device.clone()),
+            DType::BF16 => CudaStorage::wrap_cuda_slice(unsafe { device.alloc::<bf16>(count)? }, device.clone()),
+            DType::U32 => CudaStorage::wrap_cuda_slice(unsafe { device.alloc::<u32>(count)? }, device.clone()),
+            DType::U8 => CudaStorage::wrap_cuda_slice(unsafe { device.alloc::<u8>(count)? }, device.clone()),
+            _ => bail!("kernels give no {dtype:?}"),
+        };
+        Ok(Output { storage, shape })
+    }
+
+    /// Scratch memory of `bytes`.
+    pub fn scratch(device: &CudaDevice, bytes: usize) -> Result<Output> {
+        Output::new(device, bytes.max(16), DType::U8)
+    }
+
+    pub fn pointer(&self) -> Result<*mut c_void> {
+        Ok(storage_pointer(&self.storage, &Layout::contiguous(&self.shape))?.cast_mut())
+    }
+
+    /// What [`candle_core::CustomOp1::cuda_fwd`] and its kin return.
+    pub fn parts(self) -> (CudaStorage, Shape) {
+        (self.storage, self.shape)
+    }
+
+    /// A tensor outside any graph.
+    pub fn tensor(self) -> Tensor {
+        Tensor::from_storage(Storage::Cuda(self.storage), self.shape, BackpropOp::none(), false)
+    }
+}
+
+/// The backward pass of a node: from its inputs, its result and the gradient of the result, the gradients of the inputs.
+pub type Backward<const N: usize> =
+    Box<dyn Fn(&[&Tensor; N], &Tensor, &Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync>;
+
+impl Output {
+    /// A tensor of the graph, with `inputs` before it. Unlike an op, its backward may keep what the forward computed.
+    pub fn node<const N: usize>(self, inputs: [&Tensor; N], what: &'static str, backward: Backward<N>) -> Result<Tensor>
+    where
+        Node<N>: Attach<N>,
+    {
+        Node { output: std::sync::Mutex::new(Some(self)), what, backward }.attach(inputs)
+    }
+}
+
+/// A computed output on its way into the graph.
+pub struct Node<const N: usize> {
+    output: std::sync::Mutex<Option<Output>>,
+    what: &'static str,
+    backward: Backward<N>,
+}
+
+/// Puts a node behind its inputs.
+pub trait Attach<const N: usize> {
+    fn attach(self, inputs: [&Tensor; N]) -> Result<Tensor>;
+}
+
+impl<const N: usize> Node<N> {
+    fn take(&self) -> Result<(CudaStorage, Shape)> {
+        match self.output.lock().ok().and_then(|mut o| o.take()) {
+            Some(output) => Ok(output.parts()),
+            None => bail!("the output of `{}` was taken twice", self.what),
+        }
+    }
+
+    fn on_cpu<T>(&self) -> Result<T> {
+        bail!("`{}` was computed on a GPU, its inputs are on the CPU", self.what)
+    }
+}
+
+impl Attach<1> for Node<1> {
+    fn attach(self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        x.apply_op1(self)
+    }
+}
+
+impl Attach<2> for Node<2> {
+    fn attach(self, [x, y]: [&Tensor; 2]) -> Result<Tensor> {
+        x.apply_op2(y, self)
+    }
+}
+
+impl Attach<3> for Node<3> {
+    fn attach(self, [x, y, z]: [&Tensor; 3]) -> Result<Tensor> {
+        x.apply_op3(y, z, self)
+    }
+}
+
+impl CustomOp1 for Node<1> {
+    fn name(&self) -> &'static str {
+        self.what
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.on_cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take()
+    }
+
+    fn bwd(&self, x: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [dx] = (self.backward)(&[x], res, &grad.contiguous()?)?;
+        Ok(dx)
+    }
+}
+
+impl CustomOp2 for Node<2> {
+    fn name(&self) -> &'static str {
+        self.what
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.on_cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take()
+    }
+
+    fn bwd(&self, x: &Tensor, y: &Tensor, res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [dx, dy] = (self.backward)(&[x, y], res, &grad.contiguous()?)?;
+        Ok((dx, dy))
+    }
+}
+
+impl CustomOp3 for Node<3> {
+    fn name(&self) -> &'static str {
+        self.what
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.on_cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.take()
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        y: &Tensor,
+        z: &Tensor,
+        res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [dx, dy, dz] = (self.backward)(&[x, y, z], res, &grad.contiguous()?)?;
+        Ok((dx, dy, dz))
+    }
+}
