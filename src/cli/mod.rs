@@ -15,6 +15,7 @@ use clap_complete::Shell;
 use margay::convert::plan::PlanDevice;
 use margay::data;
 use margay::error::{Error, Kind, Result};
+use margay::ops;
 use margay::recipe::Recipe;
 
 use output::Output;
@@ -169,13 +170,13 @@ impl DeviceArg {
     /// Opens the device. `auto` is the first GPU, where the program can use one, else the CPU.
     fn open(&self) -> Result<Device> {
         match self.device {
-            Choice::Auto if cfg!(feature = "cuda") => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+            Choice::Auto if cfg!(feature = "cuda") => Ok(ops::gpu(0).unwrap_or(Device::Cpu)),
             Choice::Auto | Choice::Cpu => Ok(Device::Cpu),
             Choice::Cuda(_) if !cfg!(feature = "cuda") => {
                 Err(Error::new(Kind::Usage, "this build of margay cannot use NVIDIA GPUs")
                     .hint("build with `--features cuda`, or use `--device cpu`"))
             }
-            Choice::Cuda(number) => Device::new_cuda(number).map_err(|e| {
+            Choice::Cuda(number) => ops::gpu(number).map_err(|e| {
                 Error::new(Kind::Usage, format!("cannot open device `cuda:{number}`: {e}"))
                     .hint("`margay doctor` lists the devices; `--device cpu` works everywhere")
             }),

@@ -59,7 +59,7 @@ impl Task for Recover<'_> {
         if param.name.contains(".lora_") { self.settings.lr } else { self.settings.lr_mixer }
     }
 
-    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Vec<f64>> {
+    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
         let (decoder, student) = (self.decoder, self.student);
         let lora = student.adapters.as_ref();
         let noise = Some(self.seed.wrapping_add(position.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
@@ -84,8 +84,8 @@ impl Task for Recover<'_> {
             ce_weight: self.settings.ce_weight,
             kl_weight: self.settings.kl_weight,
         };
-        let (loss, _) = head_loss(&hidden, &decoder.head, &target)?;
-        let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()? as f64;
+        let loss = head_loss(&hidden, &decoder.head, &target)?;
+        let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
         let mut store = loss.backward()?;
         let mut gradient = store.remove(&last);
 
@@ -105,7 +105,7 @@ impl Task for Recover<'_> {
             }
             inputs.truncate(layer + 1);
         }
-        Ok(vec![value])
+        Ok(value)
     }
 
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>> {

@@ -89,7 +89,7 @@ impl Task for Transfer<'_> {
         if param.scalar { self.settings.lr_scalars.unwrap_or(self.settings.lr) } else { self.settings.lr }
     }
 
-    fn gradients(&mut self, batch: &Batch, _: u64, share: f64, grads: &mut Grads) -> Result<Vec<f64>> {
+    fn gradients(&mut self, batch: &Batch, _: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
         let mut losses = Vec::with_capacity(self.layers.len());
         let share = share / self.layers.len() as f64; // the loss is the mean over layers
         self.walk(&batch.inputs, |part, heads, target| {
@@ -101,25 +101,26 @@ impl Task for Transfer<'_> {
                     grads.add(self.starts[part] + i, gradient, share)?;
                 }
             }
-            losses.push(loss.to_scalar::<f32>()? as f64);
+            losses.push(loss.detach());
             Ok(())
         })?;
-        Ok(losses)
+        Ok(Tensor::stack(&losses, 0)?)
     }
 
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>> {
         let rows: Vec<usize> = (0..valid.len()).collect();
-        let mut losses = vec![0f64; self.layers.len()];
+        let mut total = Tensor::zeros(self.layers.len(), DType::F64, &self.decoder.device)?;
         for part in rows.chunks(self.micro_batch) {
             let batch = valid.batch(part, &self.decoder.device)?;
             let share = part.len() as f64 / rows.len() as f64;
+            let mut losses = Vec::with_capacity(self.layers.len());
             self.walk(&batch.inputs, |part, heads, target| {
-                let loss = self.loss(self.layers[part], heads, target)?.to_scalar::<f32>()?;
-                losses[part] += share * loss as f64;
+                losses.push(self.loss(self.layers[part], heads, target)?.detach());
                 Ok(())
             })?;
+            total = (total + (Tensor::stack(&losses, 0)?.to_dtype(DType::F64)? * share)?)?;
         }
-        Ok(losses)
+        Ok(total.to_vec1::<f64>()?)
     }
 
     fn part(&self, param: usize) -> usize {

@@ -53,12 +53,14 @@ pub fn block_rows(vocab: usize) -> usize {
     ((16 << 20) / vocab).clamp(16, 1024)
 }
 
-/// The loss (a scalar with gradient to `h`) and its parts.
-pub fn head_loss(h: &Tensor, head: &Tensor, target: &Target) -> Result<(Tensor, Sums)> {
-    let (value, sums, gradient) = run(&h.detach(), head, head, target, true)?;
-    let value = Tensor::new(value as f32, h.device())?.to_dtype(super::wide(h.dtype()))?;
+/// The loss, a scalar with gradient to `h`. Nothing waits for the device.
+pub fn head_loss(h: &Tensor, head: &Tensor, target: &Target) -> Result<Tensor> {
+    let (parts, per_row, gradient) = run(&h.detach(), head, head, target, true)?;
+    let weights = [0.0, target.ce_weight, target.kl_weight, 0.0, 0.0].map(|w| w * per_row);
+    let weights = Tensor::new(&weights, h.device())?.to_dtype(parts.dtype())?;
+    let value = (parts * weights)?.sum_all()?.to_dtype(super::wide(h.dtype()))?;
     let gradient = gradient.map_or_else(|| h.zeros_like(), Ok)?;
-    Ok((loss::with_gradient(h, value, gradient)?, sums))
+    loss::with_gradient(h, value, gradient)
 }
 
 /// The parts alone, no gradient.
@@ -68,23 +70,26 @@ pub fn measure(h: &Tensor, head: &Tensor, target: &Target) -> Result<Sums> {
 
 /// The parts where the teacher has a head of its own.
 pub fn measure_between(h: &Tensor, head: &Tensor, teacher_head: &Tensor, target: &Target) -> Result<Sums> {
-    Ok(run(h, head, teacher_head, target, false)?.1)
+    let parts = run(h, head, teacher_head, target, false)?.0.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let [rows, nll, kl, agree, teacher_nll] = parts[..] else { candle_core::bail!("{} sums of a loss", parts.len()) };
+    Ok(Sums { rows, nll, kl, agree, teacher_nll })
 }
 
+/// The fields of [`Sums`] in order as a tensor `[5]` on the device, the weight of a row, the gradient.
 fn run(
     h: &Tensor,
     head: &Tensor,
     teacher_head: &Tensor,
     target: &Target,
     with_gradient: bool,
-) -> Result<(f64, Sums, Option<Tensor>)> {
+) -> Result<(Tensor, f64, Option<Tensor>)> {
     let rows = h.dim(0)?;
     let count = match target.mask {
         Some(mask) => mask.sum_all()?.to_scalar::<f32>()? as f64,
         None => rows as f64,
     };
     let per_row = 1.0 / count.max(1.0);
-    let (mut sums, mut gradients) = (Sums::default(), Vec::new());
+    let (mut sums, mut gradients) = (Vec::new(), Vec::new());
     let block = block_rows(head.dim(0)?);
     for start in (0..rows).step_by(block) {
         let n = block.min(rows - start);
@@ -95,19 +100,79 @@ fn run(
         let part = Target { tokens: &tokens, mask: mask.as_ref(), teacher: teacher.as_ref(), ..*target };
         let logits = h.narrow(0, start, n)?.matmul(&head.t()?)?;
         let teacher = part.teacher.map(|t| t.matmul(&teacher_head.t()?)).transpose()?;
-        let (s, gradient) = if super::fast(h) {
-            fast_block(&logits, teacher.as_ref(), &part, per_row)?
-        } else {
-            plain_block(&logits, teacher.as_ref(), &part, per_row)?
-        };
-        sums += s;
+        let (s, gradient) = block_loss(logits, teacher.as_ref(), &part, per_row, with_gradient)?;
+        sums.push(s);
         if with_gradient {
             gradients.push(gradient.to_dtype(h.dtype())?.matmul(head)?);
         }
     }
-    let value = per_row * (target.ce_weight * sums.nll + target.kl_weight * sums.kl);
     let gradient = if gradients.is_empty() { None } else { Some(Tensor::cat(&gradients, 0)?) };
-    Ok((value, sums, gradient))
+    Ok((Tensor::stack(&sums, 0)?.sum(0)?, per_row, gradient))
+}
+
+/// Sums `[5]` and ∂loss/∂logits of one block, by the fastest form there is.
+fn block_loss(
+    logits: Tensor,
+    teacher: Option<&Tensor>,
+    target: &Target,
+    per_row: f64,
+    with_gradient: bool,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::ready(&logits) {
+        return gpu_block(logits, teacher, target, per_row, with_gradient);
+    }
+    let _ = with_gradient; // the forms below give it in the same pass
+    let (s, gradient) = if super::fast(&logits) {
+        fast_block(&logits, teacher, target, per_row)?
+    } else {
+        plain_block(&logits, teacher, target, per_row)?
+    };
+    Ok((Tensor::new(&[s.rows, s.nll, s.kl, s.agree, s.teacher_nll], logits.device())?, gradient))
+}
+
+/// The kernel writes the gradient over the logits.
+#[cfg(feature = "cuda")]
+fn gpu_block(
+    logits: Tensor,
+    teacher: Option<&Tensor>,
+    target: &Target,
+    per_row: f64,
+    with_gradient: bool,
+) -> Result<(Tensor, Tensor)> {
+    use super::cuda::{Output, code, device_of, launch, pointer};
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        fn margay_head_loss(
+            z: *mut c_void,
+            t: *const c_void,
+            tokens: *const c_void,
+            mask: *const c_void,
+            stats: *mut c_void,
+            rows: c_int,
+            vocab: c_int,
+            ce: f32,
+            kl: f32,
+            per_row: f32,
+            gradient: c_int,
+            dtype: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+    }
+    let ((rows, vocab), device) = (logits.dims2()?, device_of(&logits)?);
+    let stats = Output::new(device, (rows, 5), DType::F32)?;
+    let optional = |x: Option<&Tensor>| x.map(pointer).transpose().map(|p| p.unwrap_or(std::ptr::null()));
+    // The logits were made by the caller's product and belong to this call alone.
+    let z = pointer(&logits)?.cast_mut();
+    let (t, mask) = (optional(teacher)?, optional(target.mask)?);
+    let (tokens, out, dtype) = (pointer(target.tokens)?, stats.pointer()?, code(logits.dtype())?);
+    let [ce, kl, weight] = [target.ce_weight, target.kl_weight, per_row].map(|x| x as f32);
+    let (rows, vocab, gradient) = (rows as c_int, vocab as c_int, with_gradient as c_int);
+    // SAFETY: contiguous [rows, vocab], `[rows]` and [rows, 5], of the precisions the kernel names, on this device.
+    launch(device, "head_loss", |stream| unsafe {
+        margay_head_loss(z, t, tokens, mask, out, rows, vocab, ce, kl, weight, gradient, dtype, stream)
+    })?;
+    Ok((stats.tensor().sum(0)?, logits))
 }
 
 /// Sums and ∂loss/∂logits of one block, in plain tensor operations.
@@ -271,7 +336,7 @@ mod tests {
                         (DType::F32, true) => oracle(&x[0], &head, &target),
                         _ => {
                             let mask = mask.to_dtype(DType::F32)?;
-                            Ok(head_loss(&x[0], &head, &Target { mask: masked.then_some(&mask), ..target })?.0)
+                            head_loss(&x[0], &head, &Target { mask: masked.then_some(&mask), ..target })
                         }
                     }
                 });

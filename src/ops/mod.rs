@@ -25,7 +25,16 @@ pub mod rope;
 pub mod softmax_attn;
 pub mod swiglu;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
+
+/// Opens GPU `number`; an error where this build has no CUDA.
+pub fn gpu(number: usize) -> Result<Device> {
+    #[cfg(feature = "cuda")]
+    let device = cuda::open(number);
+    #[cfg(not(feature = "cuda"))]
+    let device = Device::new_cuda(number);
+    device
+}
 
 /// Whether the fast CPU form of an op can run on this tensor.
 pub(crate) fn fast(x: &Tensor) -> bool {
