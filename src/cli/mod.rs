@@ -1,5 +1,6 @@
 //! The command line: what each command takes, and one call into the library for each.
 
+mod bench;
 mod convert;
 mod doctor;
 mod eval;
@@ -77,6 +78,8 @@ pub enum Command {
     Recipe(recipe::Command),
     /// Show program, machine and caches, what is wrong and what to do
     Doctor(doctor::Doctor),
+    /// Measure kernels and stages on random weights of a named shape
+    Bench(bench::Bench),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -95,6 +98,7 @@ pub fn run(command: &Command, out: &'static Output) -> Result<()> {
         Command::Generate(args) => args.run(out),
         Command::Recipe(command) => command.run(out),
         Command::Doctor(args) => args.run(out),
+        Command::Bench(args) => args.run(out),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "margay", &mut script);

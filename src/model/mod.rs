@@ -104,11 +104,44 @@ impl Decoder {
             progress.advance(1, "");
             checkpoint.shaped(&spelling, shape, dtype, device)
         };
+        let decoder = Decoder::assemble(a, dtype, device, &read)?;
+        progress.end("");
+        Ok(decoder)
+    }
+
+    /// Random weights, scaled so that activations stay near 1: for measuring speed.
+    pub fn random(
+        architecture: &Architecture,
+        dtype: DType,
+        device: &Device,
+        progress: &dyn Progress,
+    ) -> Result<Decoder> {
+        let tensors = architecture.tensors();
+        progress.begin("random weights", tensors.len() as u64, 0, "tensors");
+        let read = |role: Role| -> Result<Tensor> {
+            let shape = tensors.get(&architecture.name(role)).map_or(&[][..], |(_, shape)| shape.as_slice());
+            progress.advance(1, "");
+            Ok(match shape {
+                [_, inner] => Tensor::randn(0f32, (*inner as f32).powf(-0.5), shape, device)?.to_dtype(dtype)?,
+                _ => Tensor::ones(shape, dtype, device)?,
+            })
+        };
+        let decoder = Decoder::assemble(architecture, dtype, device, &read)?;
+        progress.end("");
+        Ok(decoder)
+    }
+
+    /// A decoder of the tensors that `read` gives.
+    fn assemble(
+        a: &Architecture,
+        dtype: DType,
+        device: &Device,
+        read: &dyn Fn(Role) -> Result<Tensor>,
+    ) -> Result<Decoder> {
         let embedding = read(Role::Embedding)?;
         let head = if a.tied { embedding.clone() } else { read(Role::Head)? };
         let final_norm = read(Role::FinalNorm)?;
-        let blocks = (0..a.layers).map(|l| Block::load(a, l, &read)).collect::<Result<Vec<_>>>()?;
-        progress.end("");
+        let blocks = (0..a.layers).map(|l| Block::load(a, l, read)).collect::<Result<Vec<_>>>()?;
         Ok(Decoder {
             architecture: a.clone(),
             device: device.clone(),

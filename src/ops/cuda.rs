@@ -24,16 +24,46 @@ pub fn open(number: usize) -> Result<Device> {
     let Device::Cuda(cuda) = &device else { bail!("GPU {number} did not open as a CUDA device") };
     // SAFETY: all tensors of this device live on its one stream.
     unsafe { cuda.disable_event_tracking() };
-    let mut pool = std::ptr::null_mut();
-    let mut keep = u64::MAX;
-    // SAFETY: plain driver calls on an open device; both pointers outlive them.
+    let (pool, mut keep) = (pool(cuda)?, u64::MAX);
+    // SAFETY: reads the u64 that this attribute is.
     unsafe {
-        sys::cuDeviceGetDefaultMemPool(&mut pool, number as i32).result().map_err(candle_core::Error::wrap)?;
         let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         let value = std::ptr::from_mut(&mut keep).cast::<c_void>();
         sys::cuMemPoolSetAttribute(pool, threshold, value).result().map_err(candle_core::Error::wrap)?;
     }
     Ok(device)
+}
+
+/// The device's memory pool.
+fn pool(device: &CudaDevice) -> Result<sys::CUmemoryPool> {
+    let mut pool = std::ptr::null_mut();
+    let number = device.cuda_stream().context().ordinal() as i32;
+    // SAFETY: a driver call on an open device that fills a local.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, number).result().map_err(candle_core::Error::wrap)? };
+    Ok(pool)
+}
+
+/// Most bytes of tensors and scratch at once since [`reset_peak_memory`].
+pub fn peak_memory(device: &CudaDevice) -> Result<u64> {
+    let (pool, mut bytes) = (pool(device)?, 0u64);
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    // SAFETY: fills the u64 that this attribute is.
+    unsafe {
+        let value = std::ptr::from_mut(&mut bytes).cast::<c_void>();
+        sys::cuMemPoolGetAttribute(pool, attribute, value).result().map_err(candle_core::Error::wrap)?;
+    }
+    Ok(bytes)
+}
+
+/// Begins a new peak at what is in use now.
+pub fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
+    let (pool, mut zero) = (pool(device)?, 0u64);
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    // SAFETY: reads the u64 that this attribute is; zero resets it.
+    unsafe {
+        let value = std::ptr::from_mut(&mut zero).cast::<c_void>();
+        sys::cuMemPoolSetAttribute(pool, attribute, value).result().map_err(candle_core::Error::wrap)
+    }
 }
 
 /// Compute capability of a device.

@@ -1,0 +1,177 @@
+//! The stages of a conversion and decoding, on random weights: real losses, real optimiser steps.
+
+use candle_core::{DType, Tensor};
+
+use super::{Bench, Row, Work, forget_peak, peak, time};
+use crate::convert::plan::lora_targets;
+use crate::convert::recover::Recover;
+use crate::convert::swap::swap;
+use crate::convert::transfer::Transfer;
+use crate::data::Batch;
+use crate::error::{Error, Kind, Result};
+use crate::mixers::State;
+use crate::model::{Decoder, Net};
+use crate::params::Adapters;
+use crate::recipe::Recipe;
+use crate::train::adamw::AdamW;
+use crate::train::{Grads, Task};
+
+/// Tokens that fill the state before decoding is timed.
+const PROMPT: usize = 128;
+
+impl Bench<'_> {
+    fn decoder(&self) -> Result<Decoder> {
+        Decoder::random(&self.architecture, self.dtype, &self.device, self.progress)
+    }
+
+    fn tokens(&self) -> f64 {
+        (self.batch * self.seq_len) as f64
+    }
+
+    /// Operations of the blocks' products, forward, per token.
+    fn block_flops(&self) -> f64 {
+        2.0 * (self.architecture.layers * self.architecture.block_parameters()) as f64
+    }
+
+    fn recipe(&self) -> Result<Recipe> {
+        Ok(Recipe::load("llama/lolcats", &[])?.recipe)
+    }
+
+    /// Random token ids with their targets, `rows` sequences.
+    fn random_batch(&self, rows: usize) -> Result<Batch> {
+        let ids = |seed: u32| {
+            let vocab = self.architecture.vocab as u32;
+            // A linear congruential walk: any ids do.
+            let mut x = seed;
+            let cells = (0..rows * self.seq_len).map(move |_| {
+                x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (x >> 8) % vocab
+            });
+            Tensor::from_vec(cells.collect::<Vec<u32>>(), (rows, self.seq_len), &self.device)
+        };
+        Ok(Batch { inputs: ids(1)?, targets: ids(2)?, mask: None })
+    }
+
+    /// Median time of one optimiser step of `task`.
+    fn step(&self, what: &str, task: &mut dyn Task, lr: f64, work: Work) -> Result<Row> {
+        let params = task.params();
+        let recipe = self.recipe()?;
+        let mut optimizer = AdamW::new(&params, &recipe.transfer.optimizer)?;
+        let peaks = vec![1.0; params.len()];
+        let micro = self.micro_batch.clamp(1, self.batch);
+        let mut run = || -> Result<()> {
+            let mut grads = Grads(vec![None; params.len()]);
+            let mut last = None;
+            let mut from = 0;
+            while from < self.batch {
+                let rows = micro.min(self.batch - from);
+                let batch = self.random_batch(rows)?;
+                last = Some(task.gradients(&batch, from as u64, rows as f64 / self.batch as f64, &mut grads)?);
+                from += rows;
+            }
+            if let Some(i) = grads.0.iter().position(Option::is_none) {
+                let message = format!("`{}` has no gradient", params[i].name);
+                return Err(Error::new(Kind::Unexpected, message));
+            }
+            let update = optimizer.update(&params, &grads.0, lr, &peaks)?;
+            update.check(&params, what, optimizer.steps)?;
+            if let Some(losses) = last
+                && let Some(bad) = losses.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().find(|l| !l.is_finite())
+            {
+                return Err(Error::new(Kind::Training, format!("a loss of `{what}` is {bad}")));
+            }
+            Ok(())
+        };
+        forget_peak(&self.device);
+        let seconds = time(&self.device, self.repeats, 1, &mut run)?;
+        let mut row = Row::new(what, seconds, work, self.ceilings);
+        row.peak_bytes = peak(&self.device);
+        Ok(row)
+    }
+}
+
+/// The frozen teacher's forward pass without its head: what transfer cannot avoid.
+pub fn teacher(b: &Bench) -> Result<Row> {
+    let decoder = b.decoder()?;
+    let net = Net::teacher(&b.architecture);
+    forget_peak(&b.device);
+    let seconds = time(&b.device, b.repeats, 1, || {
+        let micro = b.micro_batch.clamp(1, b.batch);
+        for from in (0..b.batch).step_by(micro) {
+            let batch = b.random_batch(micro.min(b.batch - from))?;
+            decoder.hidden(&batch.inputs, &net)?;
+        }
+        Ok(())
+    })?;
+    let work = Work { flops: b.block_flops() * b.tokens(), bytes: 0.0, tokens: b.tokens() };
+    let mut row = Row::new("teacher forward", seconds, work, b.ceilings);
+    row.peak_bytes = peak(&b.device);
+    Ok(row)
+}
+
+/// Stage 1: one optimiser step of attention transfer, LoLCATs in every layer.
+pub fn transfer(b: &Bench) -> Result<Row> {
+    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
+    let a = &b.architecture;
+    let all: Vec<usize> = (0..a.layers).collect();
+    let student = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
+    let teacher = Net::teacher(a);
+    let mut task = Transfer::new(&decoder, &teacher, &student, &recipe.transfer, b.micro_batch);
+    let work = Work { flops: b.block_flops() * b.tokens(), bytes: 0.0, tokens: b.tokens() };
+    b.step("transfer step (stage 1, LoLCATs)", &mut task, recipe.transfer.lr, work)
+}
+
+/// Stage 2: one optimiser step of LoRA recovery on next-token loss.
+pub fn recover(b: &Bench) -> Result<Row> {
+    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
+    let a = &b.architecture;
+    let all: Vec<usize> = (0..a.layers).collect();
+    let mut student = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
+    let lora = &recipe.recover.lora;
+    student.adapters = Some(Adapters::new(a, &lora_targets(lora)?, lora, 0, &b.device)?);
+    let teacher = Net::teacher(a);
+    let mut task = Recover::new(&decoder, &teacher, &student, &recipe.recover, b.micro_batch, 0);
+    // Forward, recomputation and the gradient of every activation; the head without recomputation.
+    let head = 2.0 * (a.vocab * a.hidden) as f64;
+    let work = Work { flops: (3.0 * b.block_flops() + 2.0 * head) * b.tokens(), bytes: 0.0, tokens: b.tokens() };
+    b.step("recover step (stage 2, LoRA on q, k, v, o)", &mut task, recipe.recover.lr, work)
+}
+
+/// One-token steps of the converted model, a batch of sequences at once. The state does not grow, so a short prompt
+/// stands for any context.
+pub fn decode(b: &Bench) -> Result<Row> {
+    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
+    let a = &b.architecture;
+    let all: Vec<usize> = (0..a.layers).collect();
+    let net = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
+    let mut states = net.states();
+    let prompt = Tensor::zeros((b.batch, PROMPT), DType::U32, &b.device)?;
+    decoder.extend(&prompt, &net, &mut states)?;
+    let token = Tensor::zeros((b.batch, 1), DType::U32, &b.device)?;
+    let seconds = time(&b.device, b.repeats, 8, || {
+        let hidden = decoder.extend(&token, &net, &mut states)?;
+        // The choice of a token waits for its logits.
+        decoder.logits(&hidden.flatten(0, 1)?)?.argmax(1)?.to_vec1::<u32>()?;
+        Ok(())
+    })?;
+    let weights = a.layers * a.block_parameters() + a.vocab * a.hidden;
+    let state: usize = states.iter().map(State::bytes).sum();
+    let bytes = (weights * b.dtype.size_in_bytes() + 2 * state) as f64;
+    let work = Work { flops: 0.0, bytes, tokens: b.batch as f64 };
+    Ok(Row::new(format!("decode, batch {}", b.batch), seconds, work, b.ceilings))
+}
+
+/// A prompt of `seq_len` tokens into an empty state.
+pub fn prefill(b: &Bench) -> Result<Row> {
+    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
+    let a = &b.architecture;
+    let all: Vec<usize> = (0..a.layers).collect();
+    let net = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
+    let batch = b.random_batch(b.batch)?;
+    let seconds = time(&b.device, b.repeats, 1, || {
+        decoder.extend(&batch.inputs, &net, &mut net.states())?;
+        Ok(())
+    })?;
+    let work = Work { flops: b.block_flops() * b.tokens(), bytes: 0.0, tokens: b.tokens() };
+    Ok(Row::new(format!("prefill, batch {}", b.batch), seconds, work, b.ceilings))
+}
