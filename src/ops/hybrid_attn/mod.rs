@@ -1,0 +1,219 @@
+//! Softmax window and linear attention under one denominator (LoLCATs, arXiv 2410.10254).
+//!
+//! ```text
+//! s_ij = q_i·k_j / sqrt(D)                        c_i = max of s_ij over the window of row i
+//! a_ij = σ(f) exp(s_ij - c_i)                     j inside the window of i
+//! a_ij = λ φq_i·φk_j                              j before it; λ = 1, or 1 - σ(f) where `affine`
+//! y_i  = Σ_j a_ij v_j / Σ_j a_ij
+//! ```
+//!
+//! Window terms are shifted by the row's maximum, linear terms are not: the strongest window key always weighs σ(f). So
+//! `c_i` is part of the function and its gradient goes to the key that holds the maximum; another shift would give
+//! another function.
+//!
+//! Shapes: `qkv` [B, T, H + 2 Hkv, D] with rotated queries and keys, `features` [B, T, 2 H, F] (φq of every head, then
+//! φk of every *query* head), `factors` `[H]` the window factors before the sigmoid; result [B, T, H, D].
+//!
+//! The fast forms walk chunks of rows with the state S = Σ φk_j [v_j, 1] of all keys before the chunk's reach, so
+//! their cost is linear in T: `cpu.rs`.
+
+mod cpu;
+
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+
+use super::cpu::{elements, with};
+use super::softmax_attn::repeat_kv;
+pub(super) use cpu::Core;
+
+/// Which keys lie in the softmax window of a row; all earlier ones belong to the linear part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Window {
+    /// The last `n` keys, self included; 0 leaves everything to the linear part.
+    Sliding(usize),
+    /// The row's own block of `n` and the whole block before it; blocks start at position 0.
+    Terraced(usize),
+}
+
+impl Window {
+    /// First position in the window of row `i`; `i + 1` when it is empty.
+    pub fn start(self, i: usize) -> usize {
+        match self {
+            Window::Sliding(n) => (i + 1).saturating_sub(n),
+            Window::Terraced(n) => (i / n).saturating_sub(1) * n,
+        }
+    }
+
+    /// Most keys a window holds.
+    pub fn capacity(self) -> usize {
+        match self {
+            Window::Sliding(n) => n,
+            Window::Terraced(n) => 2 * n,
+        }
+    }
+
+    /// Rows per chunk of the chunkwise forms: near 64; a terraced chunk never crosses a block.
+    fn chunk(self) -> usize {
+        match self {
+            Window::Sliding(n) => n.clamp(32, 64),
+            Window::Terraced(n) => (1..=n.min(64)).rev().find(|c| n.is_multiple_of(*c)).unwrap_or(1),
+        }
+    }
+}
+
+/// The op's constants.
+#[derive(Debug, Clone, Copy)]
+pub struct HybridAttn {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub window: Window,
+    /// λ = 1 - σ(f) instead of 1.
+    pub affine: bool,
+}
+
+/// Smallest denominator of a row: reached only without a window.
+pub const MIN_DENOMINATOR: f64 = 1e-12;
+
+impl HybridAttn {
+    /// Linear-time form with gradients to all three tensors.
+    pub fn forward(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Tensor> {
+        if !super::fast(qkv) {
+            return Ok(self.parallel(qkv, features, factors)?.0);
+        }
+        let op = Op { shape: *self, qkv_grad: qkv.track_op() };
+        qkv.contiguous()?.apply_op3(&features.contiguous()?, &factors.contiguous()?, op)
+    }
+
+    /// The definition with T x T weights, in plain tensor operations. Gives the result and the weights
+    /// [B, H, T, T], each row summing to 1; the weights of the linear part are those outside the window.
+    pub fn parallel(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (_, time, _, dim) = qkv.dims4()?;
+        let (h, g) = (self.heads, self.kv_heads);
+        let heads = |from, count| qkv.narrow(2, from, count)?.transpose(1, 2)?.contiguous();
+        let (q, k, v) = (heads(0, h)?, heads(h, g)?, heads(h + g, g)?);
+        let (k, v) = (repeat_kv(&k, h / g)?, repeat_kv(&v, h / g)?);
+        let phi = |from| features.narrow(2, from, h)?.transpose(1, 2)?.contiguous();
+        let (fq, fk) = (phi(0)?, phi(h)?);
+
+        let window = self.window_mask(time, qkv.dtype(), qkv.device())?; // [T, T], 1 inside
+        let causal = Tensor::tril2(time, qkv.dtype(), qkv.device())?;
+        let linear = (&causal - &window)?;
+        let scores = (q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?;
+        let outside = ((&window - 1.0)? * 1e30)?; // 0 inside, -1e30 outside
+        let scores = scores.broadcast_mul(&window)?.broadcast_add(&outside)?;
+        let top = scores.max_keepdim(D::Minus1)?.clamp(-1e29, f64::MAX)?; // finite where the window is empty
+        let factor = sigmoid(factors)?.reshape((1, h, 1, 1))?;
+        let soft = scores.broadcast_sub(&top)?.exp()?.broadcast_mul(&window)?.broadcast_mul(&factor)?;
+        let mut lin = fq.matmul(&fk.t()?)?.broadcast_mul(&linear)?;
+        if self.affine {
+            lin = lin.broadcast_mul(&(1.0 - factor)?)?;
+        }
+        let weights = (soft + lin)?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?.maximum(MIN_DENOMINATOR)?)?;
+        Ok((weights.matmul(&v)?.transpose(1, 2)?.contiguous()?, weights))
+    }
+
+    /// 1 where key j lies in the window of row i, else 0: [T, T].
+    pub fn window_mask(&self, time: usize, dtype: candle_core::DType, device: &candle_core::Device) -> Result<Tensor> {
+        let cell = |n: usize| {
+            let (i, j) = (n / time, n % time);
+            (j <= i && j >= self.window.start(i)) as u8 as f32
+        };
+        Tensor::from_iter((0..time * time).map(cell), device)?.reshape((time, time))?.to_dtype(dtype)
+    }
+}
+
+/// The logistic function in plain tensor operations.
+pub(crate) fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    (x.neg()?.exp()? + 1.0)?.recip()
+}
+
+struct Op {
+    shape: HybridAttn,
+    /// Whether queries, keys and values need a gradient (not in attention transfer).
+    qkv_grad: bool,
+}
+
+impl CustomOp3 for Op {
+    fn name(&self) -> &'static str {
+        "hybrid_attn"
+    }
+
+    fn cpu_fwd(
+        &self,
+        qkv: &CpuStorage,
+        qkv_layout: &Layout,
+        features: &CpuStorage,
+        features_layout: &Layout,
+        factors: &CpuStorage,
+        factors_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (b, t, _, d) = qkv_layout.shape().dims4()?;
+        let core = Core::new(
+            self.shape,
+            qkv_layout.shape(),
+            elements(qkv, qkv_layout)?,
+            Some((elements(features, features_layout)?, features_layout.shape().dims4()?.3)),
+            elements(factors, factors_layout)?,
+        )?;
+        Ok((CpuStorage::F32(core.forward()), (b, t, self.shape.heads, d).into()))
+    }
+
+    fn bwd(
+        &self,
+        qkv: &Tensor,
+        features: &Tensor,
+        factors: &Tensor,
+        res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let grads = with(qkv, |x| {
+            with(features, |phi| {
+                with(factors, |f| {
+                    let core = Core::new(self.shape, qkv.shape(), x, Some((phi, features.dim(3)?)), f)?;
+                    with(res, |y| with(&grad, |dy| Ok(core.backward(y, dy, self.qkv_grad))))
+                })
+            })
+        })?;
+        let of = |data: Vec<f32>, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device());
+        Ok((
+            grads.qkv.map(|g| of(g, qkv)).transpose()?,
+            Some(of(grads.features, features)?),
+            Some(of(grads.factors, factors)?),
+        ))
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::super::check::{INPUTS, check, input};
+    use super::*;
+
+    #[test]
+    fn fast_equals_plain() {
+        use Window::*;
+        for kind in INPUTS {
+            for time in [1, 15, 63, 64, 65, 200] {
+                for window in
+                    [Sliding(0), Sliding(1), Sliding(16), Sliding(64), Sliding(500), Terraced(16), Terraced(96)]
+                {
+                    for affine in [false, true] {
+                        let op = HybridAttn { heads: 4, kv_heads: 2, window, affine };
+                        let phi = input("randn", &[2, time, 8, 6], 2).abs().unwrap();
+                        let x = [input(kind, &[2, time, 8, 8], 1), phi, input("randn", &[4], 3)];
+                        // Without a window no factor acts, and candle reports that as a zero gradient.
+                        let what = format!("{kind}, {time}, {window:?}, affine {affine}");
+                        check(&what, &x, 5e-5, |x| op.forward(&x[0], &x[1], &x[2]));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn windows() {
+        let span = |w: Window, i: usize| i + 1 - w.start(i);
+        assert_eq!((0..6).map(|i| span(Window::Sliding(3), i)).collect::<Vec<_>>(), [1, 2, 3, 3, 3, 3]);
+        assert_eq!((0..7).map(|i| span(Window::Terraced(2), i)).collect::<Vec<_>>(), [1, 2, 3, 4, 3, 4, 3]);
+        assert_eq!(span(Window::Sliding(0), 9), 0);
+    }
+}
