@@ -1,0 +1,1141 @@
+// Causal softmax attention with grouped key heads, optional sliding window, soft-cap and sinks; forward and backward.
+//
+//   s_ij = q_i·k_j scale, or cap tanh(q_i·k_j scale / cap)         i - window < j <= i
+//   lse_i = log(exp(sink) + Σ_j exp(s_ij))                          the sink's term only where sinks are given
+//   y_i   = Σ_j exp(s_ij - lse_i) v_j
+//   δ_i   = dy_i·y_i      dS_ij = p_ij (dy_i·v_j - δ_i)      dq_i = scale Σ_j dS_ij k_j      dk_j = scale Σ_i dS_ij q_i
+//   dv_j  = Σ_i p_ij dy_i                                    dsink = -Σ_i exp(sink - lse_i) δ_i
+//
+// Layout: qkv, dqkv [B, T, H + 2 Hkv, D] bf16; y, dy [B, T, H, D] bf16; lse [B, H, T] f32; sinks, dsinks [H] f32.
+// D is any multiple of 8 up to 256: tiles are 64, 96, 128 or 256 wide and their columns beyond D are zeros.
+//
+// Nothing of size T x T is formed: blocks of keys stream through shared memory, the softmax is carried along (running
+// maximum and sum per row), tiles outside the window are never visited. Products are mma.sync m16n8k16 on bf16 with
+// f32 sums. Backward is two kernels rather than one: the first owns query rows (δ, dq), the second key rows (dk, dv,
+// summed over the query heads of a group in a register, in order). Scores are computed twice, but no sum crosses
+// blocks, so results are the same every time, without f32 scratch for dq, and no score passes through shared memory:
+// the second kernel computes transposed scores, whose registers are already the operand of the next product.
+#include "hopper.cuh"
+
+using namespace margay;
+
+namespace {
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+struct Problem {
+    int time, heads, kv_heads, dim;
+    int window;  // keys a row sees, self included; at most `time`
+    float scale, cap;  // cap 0: none
+
+    __device__ int64_t row() const { return int64_t(heads + 2 * kv_heads) * dim; }
+    // Row statistics are padded to whole tiles, so that a tile's are aligned and all written.
+    __host__ __device__ static int64_t padded(int time) { return (int64_t(time) + 127) / 128 * 128; }
+    __device__ int64_t stat(int batch, int head, int row) const { return (int64_t(batch) * heads + head) * padded(time) + row; }
+    __device__ bool sees(int query, int key) const { return key <= query && key > query - window; }
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// tanh.approx is good to 2^-11, which a cap of 50 turns into 0.02 in a score; this is good to f32 rounding of 1.
+__device__ __forceinline__ float tanh_fast(float x) {
+    return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(fminf(x * (2.0f * LOG2E), 126.0f)));
+}
+
+// Rows of D values, 16 bytes of padding between: eight rows of ldmatrix then lie in different banks.
+template <int D> constexpr int PITCH = D + 8;
+
+// `ROWS` rows of one head from `row0` on; rows from `time` on and columns from `dim` on become zeros.
+template <int D, int ROWS, int THREADS>
+__device__ __forceinline__ void load_rows(bf16* tile, const bf16* head, int64_t stride, int row0, int time, int dim) {
+    constexpr int CHUNKS = D / 8;
+#pragma unroll
+    for (int i = 0; i < (ROWS * CHUNKS + THREADS - 1) / THREADS; i++) {
+        const int n = i * THREADS + threadIdx.x, row = n / CHUNKS, col = n % CHUNKS * 8;
+        if (ROWS * CHUNKS % THREADS != 0 && n >= ROWS * CHUNKS) break;
+        const bool valid = row0 + row < time && col < dim;
+        copy16(tile + row * PITCH<D> + col, valid ? head + (row0 + row) * stride + col : head, valid);
+    }
+}
+
+// One warp's 16 rows of sums, scaled per row, to global memory as bf16 in 16-byte pieces. `rows` is 16 rows of shared
+// memory nobody else reads any more.
+template <int D, int PITCHED>
+__device__ __forceinline__ void store_rows(float (&sums)[D / 8][4], float scale0, float scale1, bf16* rows, bf16* head,
+                                           int64_t stride, int row0, int time, int dim) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+        *reinterpret_cast<uint32_t*>(rows + g * PITCHED + 8 * j + 2 * t) = pack(sums[j][0] * scale0, sums[j][1] * scale0);
+        *reinterpret_cast<uint32_t*>(rows + (g + 8) * PITCHED + 8 * j + 2 * t) = pack(sums[j][2] * scale1, sums[j][3] * scale1);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = lane; n < 16 * (D / 8); n += WARP) {
+        const int row = n / (D / 8), col = n % (D / 8) * 8;
+        if (row0 + row < time && col < dim)
+            *reinterpret_cast<uint4*>(head + (row0 + row) * stride + col) = *reinterpret_cast<uint4*>(rows + row * PITCHED + col);
+    }
+}
+
+// acc[m] += rows of `a` (16 M of them) times the transposed rows of `b`: a, b [.., D], acc 16 M x N.
+template <int D, int M, int N>
+__device__ __forceinline__ void mma_abt(float (&acc)[M][N / 8][4], const bf16* a, const bf16* b) {
+    const int lane = threadIdx.x % WARP;
+    const bf16* a_row = a + lane % 16 * PITCH<D> + lane / 16 * 8;
+    const bf16* b_row = b + (lane % 8 + lane / 16 * 8) * PITCH<D> + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < D; k += 16) {
+        uint32_t af[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) load_tiles(af[m], a_row + m * 16 * PITCH<D> + k);
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t bf[4];
+            load_tiles(bf, b_row + n * PITCH<D> + k);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(acc[m][n / 8], af[m], bf[0], bf[1]);
+                mma(acc[m][n / 8 + 1], af[m], bf[2], bf[3]);
+            }
+        }
+    }
+}
+
+// acc[m] += p[m] (16 x K, packed operands) times the rows of `b` [K, D]; N columns of b from its pointer on.
+template <int D, int M, int K, int N>
+__device__ __forceinline__ void mma_pb(float (&acc)[M][N / 8][4], const uint32_t (&p)[M][K / 16][4], const bf16* b) {
+    const int lane = threadIdx.x % WARP;
+    const bf16* b_row = b + lane % 16 * PITCH<D> + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < K; k += 16)
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t bf[4];
+            load_tiles_t(bf, b_row + k * PITCH<D> + n);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(acc[m][n / 8], p[m][k / 16], bf[0], bf[1]);
+                mma(acc[m][n / 8 + 1], p[m][k / 16], bf[2], bf[3]);
+            }
+        }
+}
+
+// Sums of a product as the left operand of the next one.
+template <int N> __device__ __forceinline__ void to_operand(uint32_t (&p)[N / 16][4], const float (&s)[N / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+        p[k][0] = pack(s[2 * k][0], s[2 * k][1]);
+        p[k][1] = pack(s[2 * k][2], s[2 * k][3]);
+        p[k][2] = pack(s[2 * k + 1][0], s[2 * k + 1][1]);
+        p[k][3] = pack(s[2 * k + 1][2], s[2 * k + 1][3]);
+    }
+}
+
+// A block owns 16 M x 4 query rows of one head; keys come in tiles of N, the last (diagonal) one first.
+template <int D, int M, int N>
+__global__ void __launch_bounds__(128, 2)
+    forward_kernel(Problem p, const bf16* qkv, const float* sinks, bf16* y, float* lse) {
+    constexpr int ROWS = 64 * M;
+    extern __shared__ __align__(16) bf16 shared[];
+    bf16 *qs = shared, *ks = qs + ROWS * PITCH<D>, *vs = ks + N * PITCH<D>;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int head = blockIdx.y, batch = blockIdx.z, kv = head / (p.heads / p.kv_heads);
+    const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the longest rows start first
+    const int64_t stride = p.row();
+    const bf16* base = qkv + batch * (p.time * stride);
+    const bf16 *q = base + int64_t(head) * p.dim, *k = base + int64_t(p.heads + kv) * p.dim;
+    const bf16* v = k + int64_t(p.kv_heads) * p.dim;
+
+    const int first = max(0, row0 - p.window + 1) / N, last = (min(row0 + ROWS, p.time) - 1) / N;
+    load_rows<D, ROWS, 128>(qs, q, stride, row0, p.time, p.dim);
+    load_rows<D, N, 128>(ks, k, stride, last * N, p.time, p.dim);
+    copy_commit();
+
+    const int warp_row = row0 + warp * 16 * M;
+    const float start = sinks ? sinks[head] * LOG2E : -INFINITY;
+    const float scale2 = p.cap > 0.0f ? 1.0f : p.scale * LOG2E;
+    float o[M][D / 8][4] = {}, top[M][2], sum[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) top[m][r] = start, sum[m][r] = sinks && t == 0 ? 1.0f : 0.0f;
+
+    for (int tile = last; tile >= first; tile--) {
+        const int key0 = tile * N;
+        const bool needed = key0 <= warp_row + 16 * M - 1 && key0 + N - 1 > warp_row - p.window;
+        copy_wait<0>();
+        __syncthreads();
+        load_rows<D, N, 128>(vs, v, stride, key0, p.time, p.dim);
+        copy_commit();
+        uint32_t probs[M][N / 16][4];
+        if (needed) {
+            float s[M][N / 8][4] = {};
+            mma_abt<D, M, N>(s, qs + warp * 16 * M * PITCH<D>, ks);
+            if (p.cap > 0.0f) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) s[m][j][e] = p.cap * LOG2E * tanh_fast(s[m][j][e] * (p.scale / p.cap));
+            }
+            if (key0 + N - 1 > warp_row || key0 <= warp_row + 16 * M - 1 - p.window) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (!p.sees(warp_row + 16 * m + g + e / 2 * 8, key0 + 8 * j + 2 * t + e % 2)) s[m][j][e] = -INFINITY;
+            }
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float high = -INFINITY;
+#pragma unroll
+                    for (int j = 0; j < N / 8; j++) high = fmaxf(high, fmaxf(s[m][j][2 * r], s[m][j][2 * r + 1]));
+                    high = fmaxf(top[m][r], warp_max<4>(high) * scale2);
+                    const float shift = high == -INFINITY ? 0.0f : high;  // a row that has seen no key yet
+                    const float shrink = exp2_fast(top[m][r] - shift);
+                    top[m][r] = high;
+                    float row_sum = 0.0f;
+#pragma unroll
+                    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                        for (int e = 2 * r; e < 2 * r + 2; e++) {
+                            s[m][j][e] = exp2_fast(fmaf(s[m][j][e], scale2, -shift));
+                            row_sum += s[m][j][e];
+                        }
+                    sum[m][r] = sum[m][r] * shrink + row_sum;
+#pragma unroll
+                    for (int j = 0; j < D / 8; j++) o[m][j][2 * r] *= shrink, o[m][j][2 * r + 1] *= shrink;
+                }
+#pragma unroll
+            for (int m = 0; m < M; m++) to_operand<N>(probs[m], s[m]);
+        }
+        copy_wait<0>();
+        __syncthreads();
+        if (tile > first) load_rows<D, N, 128>(ks, k, stride, key0 - N, p.time, p.dim);
+        copy_commit();
+        if (needed) mma_pb<D, M, N, D>(o, probs, vs);
+    }
+
+    bf16* out = y + (int64_t(batch) * p.time * p.heads + head) * p.dim;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        float inverse[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float total = warp_sum<4>(sum[m][r]);
+            const int row = warp_row + 16 * m + 8 * r + g;
+            inverse[r] = 1.0f / total;
+            if (t == 0 && row < p.time)
+                lse[(int64_t(batch) * p.heads + head) * p.time + row] = (top[m][r] + log2f(total)) / LOG2E;
+        }
+        store_rows<D, PITCH<D>>(o[m], inverse[0], inverse[1], qs + (warp * M + m) * 16 * PITCH<D>, out,
+                                int64_t(p.heads) * p.dim, warp_row + 16 * m, p.time, p.dim);
+    }
+}
+
+// A product's probability, and that times the slope of the soft-cap there. lse2 is lse in units of log 2.
+__device__ __forceinline__ float2 probability(const Problem& p, float product, float lse2, bool visible) {
+    if (p.cap > 0.0f) {
+        const float bent = tanh_fast(product * (p.scale / p.cap));
+        const float prob = visible ? exp2_fast(p.cap * LOG2E * bent - lse2) : 0.0f;
+        return make_float2(prob, prob * (1.0f - bent * bent));
+    }
+    const float prob = visible ? exp2_fast(fmaf(product, p.scale * LOG2E, -lse2)) : 0.0f;
+    return make_float2(prob, prob);
+}
+
+// (lse in units of log 2, δ) of the 16 rows of a warp, into shared memory and `stats`; zeros beyond the end.
+template <int D>
+__device__ __forceinline__ void row_sums(const Problem& p, int head, int batch, int row0, const bf16* y, const bf16* dy, const float* lse,
+                                         float2* row_stats, float2* stats) {
+    constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32;  // 16 bytes each
+    const int lane = threadIdx.x % WARP;
+    const int64_t stride = int64_t(p.heads) * p.dim, out = (int64_t(batch) * p.time * p.heads + head) * p.dim;
+#pragma unroll
+    for (int i = 0; i < 16; i += WARP / LANES) {
+        const int row = row0 + i + lane / LANES, col = lane % LANES * 8;
+        float dot = 0.0f;
+        if (row < p.time && col < p.dim) {
+            const uint4 a = *reinterpret_cast<const uint4*>(y + out + row * stride + col);
+            const uint4 b = *reinterpret_cast<const uint4*>(dy + out + row * stride + col);
+            const uint32_t aw[4] = {a.x, a.y, a.z, a.w}, bw[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 x = unpack(aw[e]), z = unpack(bw[e]);
+                dot += x.x * z.x + x.y * z.y;
+            }
+        }
+        dot = warp_sum<LANES>(dot);
+        if (lane % LANES == 0) {
+            const float2 pair = make_float2(row < p.time ? lse[(int64_t(batch) * p.heads + head) * p.time + row] * LOG2E : 0.0f, dot);
+            row_stats[row - row0] = pair;
+            if (row < Problem::padded(p.time)) stats[p.stat(batch, head, row)] = pair;
+        }
+    }
+    __syncwarp();
+}
+
+// A block owns 64 query rows of one head: δ and dq. Leaves the row sums in `stats`.
+template <int D, int N>
+__global__ void __launch_bounds__(128, 2) backward_q_kernel(Problem p, const bf16* qkv, const bf16* y, const bf16* dy,
+                                                            const float* lse, float2* stats, bf16* dqkv) {
+    constexpr int ROWS = 64;
+    extern __shared__ __align__(16) bf16 shared[];
+    bf16 *qs = shared, *dys = qs + ROWS * PITCH<D>, *ks = dys + ROWS * PITCH<D>, *vs = ks + N * PITCH<D>;
+    __shared__ float2 row_stats[ROWS];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int head = blockIdx.y, batch = blockIdx.z, kv = head / (p.heads / p.kv_heads);
+    const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS;
+    const int64_t stride = p.row(), out_stride = int64_t(p.heads) * p.dim;
+    const int64_t base = batch * (p.time * stride);
+    const bf16 *q = qkv + base + int64_t(head) * p.dim, *k = qkv + base + int64_t(p.heads + kv) * p.dim;
+    const bf16* v = k + int64_t(p.kv_heads) * p.dim;
+    const int64_t out = (int64_t(batch) * p.time * p.heads + head) * p.dim;
+
+    const int first = max(0, row0 - p.window + 1) / N, last = (min(row0 + ROWS, p.time) - 1) / N;
+    load_rows<D, ROWS, 128>(qs, q, stride, row0, p.time, p.dim);
+    load_rows<D, ROWS, 128>(dys, dy + out, out_stride, row0, p.time, p.dim);
+    load_rows<D, N, 128>(ks, k, stride, last * N, p.time, p.dim);
+    copy_commit();
+
+    const int warp_row = row0 + warp * 16;
+    row_sums<D>(p, head, batch, warp_row, y, dy, lse, row_stats + warp * 16, stats);
+    const float2 stat[2] = {row_stats[warp * 16 + g], row_stats[warp * 16 + g + 8]};
+
+    float dq[1][D / 8][4] = {};
+    for (int tile = last; tile >= first; tile--) {
+        const int key0 = tile * N;
+        const bool needed = key0 <= warp_row + 15 && key0 + N - 1 > warp_row - p.window;
+        copy_wait<0>();
+        __syncthreads();
+        load_rows<D, N, 128>(vs, v, stride, key0, p.time, p.dim);
+        copy_commit();
+        float s[1][N / 8][4] = {};
+        if (needed) mma_abt<D, 1, N>(s, qs + warp * 16 * PITCH<D>, ks);
+        copy_wait<0>();
+        __syncthreads();
+        uint32_t ds[1][N / 16][4];
+        if (needed) {
+            const bool edge = key0 + N - 1 > warp_row || key0 <= warp_row + 15 - p.window;
+            float dp[1][N / 8][4] = {};
+            mma_abt<D, 1, N>(dp, dys + warp * 16 * PITCH<D>, vs);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const bool visible = !edge || p.sees(warp_row + g + e / 2 * 8, key0 + 8 * j + 2 * t + e % 2);
+                    s[0][j][e] = probability(p, s[0][j][e], stat[e / 2].x, visible).y * (dp[0][j][e] - stat[e / 2].y);
+                }
+            to_operand<N>(ds[0], s[0]);
+            mma_pb<D, 1, N, D>(dq, ds, ks);
+        }
+        __syncthreads();
+        if (tile > first) load_rows<D, N, 128>(ks, k, stride, key0 - N, p.time, p.dim);
+        copy_commit();
+    }
+    store_rows<D, PITCH<D>>(dq[0], p.scale, p.scale, qs + warp * 16 * PITCH<D>, dqkv + base + int64_t(head) * p.dim, stride,
+                            warp_row, p.time, p.dim);
+}
+
+// A block owns 64 keys of one key head and `W` columns of dk and dv, and walks the query rows that see them, head after
+// head of the group. Scores are transposed: 16 keys of a warp by N queries.
+template <int D, int N, int W>
+__global__ void __launch_bounds__(128, 2)
+    backward_kv_kernel(Problem p, const bf16* qkv, const bf16* dy, const float2* stats, bf16* dqkv) {
+    constexpr int ROWS = 64, PARTS = D / W;
+    extern __shared__ __align__(16) bf16 shared[];
+    bf16 *ks = shared, *vs = ks + ROWS * PITCH<D>, *qs = vs + ROWS * PITCH<D>, *dys = qs + N * PITCH<D>;
+    __shared__ __align__(16) float2 stat[N];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int kv = blockIdx.y / PARTS, column = blockIdx.y % PARTS * W, batch = blockIdx.z, group = p.heads / p.kv_heads;
+    const int key0 = blockIdx.x * ROWS, warp_key = key0 + warp * 16;  // the first keys are seen by most rows
+    const int64_t stride = p.row(), out_stride = int64_t(p.heads) * p.dim;
+    const int64_t base = batch * (p.time * stride), out = int64_t(batch) * p.time * out_stride;
+    const int64_t k_at = base + int64_t(p.heads + kv) * p.dim, v_at = k_at + int64_t(p.kv_heads) * p.dim;
+
+    load_rows<D, ROWS, 128>(ks, qkv + k_at, stride, key0, p.time, p.dim);
+    load_rows<D, ROWS, 128>(vs, qkv + v_at, stride, key0, p.time, p.dim);
+
+    // Rows key0 .. the last one that sees the block's last key.
+    const int first = key0 / N, tiles = (min(p.time - 1, key0 + ROWS - 1 + p.window - 1)) / N - first + 1;
+    const auto load_q = [&](int n) {
+        const int head = kv * group + n / tiles, row0 = (first + n % tiles) * N;
+        load_rows<D, N, 128>(qs, qkv + base + int64_t(head) * p.dim, stride, row0, p.time, p.dim);
+    };
+    const auto load_dy = [&](int n) {
+        const int head = kv * group + n / tiles, row0 = (first + n % tiles) * N;
+        load_rows<D, N, 128>(dys, dy + out + int64_t(head) * p.dim, out_stride, row0, p.time, p.dim);
+    };
+    const auto load_stat = [&](int n) {
+        const int head = kv * group + n / tiles, row = (first + n % tiles) * N + threadIdx.x;
+        // Rows beyond the end: their dy, q and δ are zeros, whatever their p.
+        return threadIdx.x < N && row < p.time ? stats[p.stat(batch, head, row)] : make_float2(0.0f, 0.0f);
+    };
+    load_q(0);
+    load_dy(0);
+    copy_commit();
+    float2 next = load_stat(0);
+
+    float dk[1][W / 8][4] = {}, dv[1][W / 8][4] = {};
+    for (int n = 0; n < group * tiles; n++) {
+        const int row0 = (first + n % tiles) * N;
+        const bool needed = row0 + N - 1 >= warp_key && row0 < warp_key + 15 + p.window;
+        const bool edge = row0 < warp_key + 15 || row0 + N - 1 >= warp_key + p.window;
+        if (threadIdx.x < N) stat[threadIdx.x] = next;
+        copy_wait<0>();
+        __syncthreads();
+        if (n + 1 < group * tiles) next = load_stat(n + 1);
+        uint32_t ds[1][N / 16][4];
+        if (needed) {
+            float s[1][N / 8][4] = {};
+            mma_abt<D, 1, N>(s, ks + warp * 16 * PITCH<D>, qs);
+            uint32_t probs[1][N / 16][4];
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float2 prob[2];
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const int row = 8 * j + 2 * t + e;
+                        const bool visible = !edge || p.sees(row0 + row, warp_key + g + 8 * r);
+                        prob[e] = probability(p, s[0][j][2 * r + e], stat[row].x, visible);
+                        s[0][j][2 * r + e] = prob[e].y;
+                    }
+                    probs[0][j / 2][j % 2 * 2 + r] = pack(prob[0].x, prob[1].x);
+                }
+            mma_pb<D, 1, N, W>(dv, probs, dys + column);
+            float dp[1][N / 8][4] = {};
+            mma_abt<D, 1, N>(dp, vs + warp * 16 * PITCH<D>, dys);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[0][j][e] *= dp[0][j][e] - stat[8 * j + 2 * t + e % 2].y;
+            to_operand<N>(ds[0], s[0]);
+        }
+        __syncthreads();
+        if (n + 1 < group * tiles) load_dy(n + 1);
+        if (needed) mma_pb<D, 1, N, W>(dk, ds, qs + column);
+        __syncthreads();
+        if (n + 1 < group * tiles) load_q(n + 1);
+        copy_commit();
+    }
+    copy_wait<0>();
+    __syncthreads();  // with W < D the staging rows are narrower, so a warp's lie among other warps' keys
+    bf16* staging = shared + warp * 16 * PITCH<W>;
+    store_rows<W, PITCH<W>>(dk[0], p.scale, p.scale, staging, dqkv + k_at + column, stride, warp_key, p.time, p.dim - column);
+    store_rows<W, PITCH<W>>(dv[0], 1.0f, 1.0f, staging, dqkv + v_at + column, stride, warp_key, p.time, p.dim - column);
+}
+
+// One block per head: every thread sums its own rows, then the block; the order never varies.
+__global__ void backward_sink_kernel(Problem p, int batch, const float* sinks, const float2* stats, float* dsinks) {
+    __shared__ float shared[WARP];
+    const int head = blockIdx.x;
+    const float sink = sinks[head] * LOG2E;
+    float sum = 0.0f;
+    for (int b = 0; b < batch; b++)
+        for (int i = threadIdx.x; i < p.time; i += blockDim.x) {
+            const float2 stat = stats[p.stat(b, head, i)];
+            sum -= exp2_fast(sink - stat.x) * stat.y;
+        }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) dsinks[head] = sum;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// A warpgroup's 64 rows of sums, scaled per row, as the panels tile_store reads.
+template <int D> __device__ __forceinline__ void store_tile(bf16* tile, const float (&sums)[D / 8][4], float scale0, float scale1) {
+    const int warp = threadIdx.x % 128 / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+        bf16* at = tile + j / 8 * 64 * 64 + (warp * 16 + g) * 64 + (j % 8 ^ g) * 8 + 2 * t;
+        *reinterpret_cast<uint32_t*>(at) = pack(sums[j][0] * scale0, sums[j][1] * scale0);
+        *reinterpret_cast<uint32_t*>(at + 8 * 64) = pack(sums[j][2] * scale1, sums[j][3] * scale1);
+    }
+}
+#endif
+
+// The forward pass on Hopper. Three warpgroups: one copies, two own 64 query rows each and share tiles of N keys. Keys and values
+// stream through STAGES places; a warpgroup issues the scores of the next tile before the sums of this one, so that the tensor
+// cores work while it exponentiates. Blocks stay and take work in pairs of a long and a short row block, which all cost the same.
+constexpr int STAGES = 2;
+
+template <int D, int N> struct ForwardShared {
+    static constexpr int PANELS = D / 64;
+    bf16 q[2][PANELS][64 * 64];  // of each warpgroup; its results leave from here
+    bf16 k[STAGES][PANELS][N * 64], v[STAGES][PANELS][N * 64];
+    uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+// The work of the `n`-th turn of a block: which rows of which head. False past the end.
+struct Turn {
+    int head, batch, row0;
+    bool done, skip;
+
+    __device__ Turn(const Problem& p, int heads, int batches, int n) {
+        const int blocks = (p.time + 127) / 128, pairs = (blocks + 1) / 2;
+        const int unit = blockIdx.x + n / 2 * gridDim.x, pair = unit % pairs, which = n % 2;
+        const int long_block = blocks - 1 - pair;
+        done = unit >= pairs * heads * batches;
+        skip = which == 1 && pair == long_block;
+        row0 = (which == 0 ? long_block : pair) * 128;
+        head = unit / pairs % heads;
+        batch = unit / pairs / heads;
+    }
+};
+
+template <int D, int N>
+__global__ void __launch_bounds__(384, 1) forward_hopper_kernel(Problem p, int batches, const __grid_constant__ CUtensorMap qkv,
+                                                                const __grid_constant__ CUtensorMap y, const float* sinks, float* lse) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using Shared = ForwardShared<D, N>;
+    constexpr int PANELS = D / 64;
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared& sh = *reinterpret_cast<Shared*>(memory);
+    const int group = warpgroup();
+    if (threadIdx.x == 0) {
+        barrier_init(&sh.q_full, 1);
+        barrier_init(&sh.q_empty, 2);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&sh.k_full[i], 1);
+            barrier_init(&sh.v_full[i], 1);
+            barrier_init(&sh.k_empty[i], 8);
+            barrier_init(&sh.v_empty[i], 8);
+        }
+        async_fence();
+    }
+    __syncthreads();
+
+    if (group == 0) {
+        registers_less<40>();
+        if (threadIdx.x == 0) {
+            int tile = 0, rows = 0;  // counted over all turns
+            for (int n = 0;; n++) {
+                const Turn turn(p, p.heads, batches, n);
+                if (turn.done) break;
+                if (turn.skip) continue;
+                const int kv = p.heads + turn.head / (p.heads / p.kv_heads);
+                const int first = max(0, turn.row0 - p.window + 1) / N, last = (min(turn.row0 + 128, p.time) - 1) / N;
+                for (int i = last; i >= first; i--, tile++) {
+                    const int stage = tile % STAGES, parity = tile / STAGES % 2 ^ 1;
+                    barrier_wait(&sh.k_empty[stage], parity);
+                    barrier_expect(&sh.k_full[stage], N * D * 2);
+                    for (int c = 0; c < PANELS; c++)
+                        for (int r = 0; r < N; r += 64)
+                            tile_load(&qkv, &sh.k_full[stage], sh.k[stage][c] + r * 64, c * 64, kv, i * N + r, turn.batch);
+                    if (i == last) {
+                        barrier_wait(&sh.q_empty, rows % 2 ^ 1);
+                        barrier_expect(&sh.q_full, 128 * D * 2);
+                        for (int w = 0; w < 2; w++)
+                            for (int c = 0; c < PANELS; c++)
+                                tile_load(&qkv, &sh.q_full, sh.q[w][c], c * 64, turn.head, turn.row0 + w * 64, turn.batch);
+                        rows++;
+                    }
+                    barrier_wait(&sh.v_empty[stage], parity);
+                    barrier_expect(&sh.v_full[stage], N * D * 2);
+                    for (int c = 0; c < PANELS; c++)
+                        for (int r = 0; r < N; r += 64)
+                            tile_load(&qkv, &sh.v_full[stage], sh.v[stage][c] + r * 64, c * 64, kv + p.kv_heads, i * N + r, turn.batch);
+                }
+            }
+        }
+        return;
+    }
+
+    registers_more<232>();
+    const int w = group - 1, thread = threadIdx.x % 128, warp = thread / WARP, lane = thread % WARP, g = lane / 4, t = lane % 4;
+    const uint32_t q_at = shared_address(sh.q[w][0]);
+    const float scale2 = p.cap > 0.0f ? 1.0f : p.scale * LOG2E;
+    int tile = 0, rows = 0;
+
+    const auto scores = [&](float (&s)[N / 8][4], int stage) {
+        const uint32_t k_at = shared_address(sh.k[stage][0]);
+#pragma unroll
+        for (int k = 0; k < D; k += 16)
+            Wgmma<N / 8, false>::ss(s, operand_k(q_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(k_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+    };
+
+    for (int n = 0;; n++) {
+        const Turn turn(p, p.heads, batches, n);
+        if (turn.done) break;
+        if (turn.skip) continue;
+        const int first = max(0, turn.row0 - p.window + 1) / N, last = (min(turn.row0 + 128, p.time) - 1) / N;
+        const int row = turn.row0 + w * 64 + warp * 16 + g;  // and row + 8
+        const int low = turn.row0 + w * 64;
+
+        float o[D / 8][4], s[N / 8][4], top[2], sum[2], shrink[2];
+        uint32_t probs[N / 16][4];
+        const float start = sinks ? sinks[turn.head] * LOG2E : -INFINITY;
+#pragma unroll
+        for (int r = 0; r < 2; r++) top[r] = start, sum[r] = sinks && t == 0 ? 1.0f : 0.0f;
+
+        const auto soften = [&](int i) {
+            if (p.cap > 0.0f) {
+#pragma unroll
+                for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[j][e] = p.cap * LOG2E * tanh_fast(s[j][e] * (p.scale / p.cap));
+            }
+            if (i * N + N - 1 > low || i * N <= low + 63 - p.window) {
+#pragma unroll
+                for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (!p.sees(row + e / 2 * 8, i * N + 8 * j + 2 * t + e % 2)) s[j][e] = -INFINITY;
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float high = -INFINITY;
+#pragma unroll
+                for (int j = 0; j < N / 8; j++) high = fmaxf(high, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+                high = fmaxf(top[r], warp_max<4>(high) * scale2);
+                const float shift = high == -INFINITY ? 0.0f : high;
+                shrink[r] = exp2_fast(top[r] - shift);
+                top[r] = high;
+                float total = 0.0f;
+#pragma unroll
+                for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; e++) {
+                        s[j][e] = exp2_fast(fmaf(s[j][e], scale2, -shift));
+                        total += s[j][e];
+                    }
+                sum[r] = sum[r] * shrink[r] + total;
+            }
+        };
+        const auto add_values = [&](int stage, bool add) {
+            const uint32_t v_at = shared_address(sh.v[stage][0]);
+#pragma unroll
+            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(o, probs[k / 16], operand_n(v_at + k * 128, N * 128), k > 0 || add);
+        };
+
+        barrier_wait(&sh.q_full, rows % 2);
+        barrier_wait(&sh.k_full[tile % STAGES], tile / STAGES % 2);
+        wgmma_fence();
+        scores(s, tile % STAGES);
+        wgmma_commit();
+        wgmma_wait<0>();
+        hold(s);
+        if (lane == 0) barrier_arrive(&sh.k_empty[tile % STAGES]);
+        soften(last);
+        to_operand<N>(probs, s);
+
+        for (int i = last - 1; i >= first; i--) {
+            const int next = tile + 1;
+            barrier_wait(&sh.k_full[next % STAGES], next / STAGES % 2);
+            wgmma_fence();
+            scores(s, next % STAGES);
+            wgmma_commit();
+            barrier_wait(&sh.v_full[tile % STAGES], tile / STAGES % 2);
+            add_values(tile % STAGES, i < last - 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            hold(s);
+            if (lane == 0) barrier_arrive(&sh.k_empty[next % STAGES]);
+            soften(i);
+            wgmma_wait<0>();
+            hold(o);
+            if (lane == 0) barrier_arrive(&sh.v_empty[tile % STAGES]);
+            to_operand<N>(probs, s);
+#pragma unroll
+            for (int j = 0; j < D / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) o[j][e] *= shrink[e / 2];
+            tile = next;
+        }
+        barrier_wait(&sh.v_full[tile % STAGES], tile / STAGES % 2);
+        wgmma_fence();
+        add_values(tile % STAGES, last > first);
+        wgmma_commit();
+        wgmma_wait<0>();
+        hold(o);
+        if (lane == 0) barrier_arrive(&sh.v_empty[tile % STAGES]);
+        tile++;
+
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float total = warp_sum<4>(sum[r]);
+            shrink[r] = 1.0f / total;
+            if (t == 0 && row + 8 * r < p.time)
+                lse[(int64_t(turn.batch) * p.heads + turn.head) * p.time + row + 8 * r] = (top[r] + log2f(total)) / LOG2E;
+        }
+        store_tile<D>(sh.q[w][0], o, shrink[0], shrink[1]);
+        async_fence();
+        named_sync(1 + w, 128);
+        if (thread == 0) {
+            for (int c = 0; c < PANELS; c++) tile_store(&y, sh.q[w][c], c * 64, turn.head, low, turn.batch);
+            tile_store_wait();
+            barrier_arrive(&sh.q_empty);
+        }
+        rows++;
+    }
+    if (thread == 0) tile_store_wait();
+#else
+    __trap();
+#endif
+}
+
+// The backward pass on Hopper, in the same two parts and with the same warpgroup roles. Both issue the scores of the next tile
+// right behind the last sums of this one and wait for no more than they read.
+template <int D, int N> struct BackwardQShared {
+    static constexpr int PANELS = D / 64;
+    bf16 q[2][PANELS][64 * 64], dy[2][PANELS][64 * 64];
+    bf16 k[STAGES][PANELS][N * 64], v[STAGES][PANELS][N * 64];
+    float2 stat[128];
+    uint64_t rows_full, rows_empty, full[STAGES], empty[STAGES];
+};
+
+template <int D, int N>
+__global__ void __launch_bounds__(384, 1)
+    backward_q_hopper_kernel(Problem p, int batches, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dy_map,
+                             const __grid_constant__ CUtensorMap dqkv, const bf16* y, const bf16* dy, const float* lse, float2* stats) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using Shared = BackwardQShared<D, N>;
+    constexpr int PANELS = D / 64;
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared& sh = *reinterpret_cast<Shared*>(memory);
+    const int group = warpgroup();
+    if (threadIdx.x == 0) {
+        barrier_init(&sh.rows_full, 1);
+        barrier_init(&sh.rows_empty, 2);
+        for (int i = 0; i < STAGES; i++) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 8);
+        async_fence();
+    }
+    __syncthreads();
+
+    if (group == 0) {
+        registers_less<40>();
+        if (threadIdx.x == 0) {
+            int tile = 0, rows = 0;
+            for (int n = 0;; n++) {
+                const Turn turn(p, p.heads, batches, n);
+                if (turn.done) break;
+                if (turn.skip) continue;
+                const int kv = p.heads + turn.head / (p.heads / p.kv_heads);
+                const int first = max(0, turn.row0 - p.window + 1) / N, last = (min(turn.row0 + 128, p.time) - 1) / N;
+                for (int i = last; i >= first; i--, tile++) {
+                    const int stage = tile % STAGES;
+                    barrier_wait(&sh.empty[stage], tile / STAGES % 2 ^ 1);
+                    barrier_expect(&sh.full[stage], 2 * N * D * 2);
+                    for (int c = 0; c < PANELS; c++)
+                        for (int r = 0; r < N; r += 64) {
+                            tile_load(&qkv, &sh.full[stage], sh.k[stage][c] + r * 64, c * 64, kv, i * N + r, turn.batch);
+                            tile_load(&qkv, &sh.full[stage], sh.v[stage][c] + r * 64, c * 64, kv + p.kv_heads, i * N + r, turn.batch);
+                        }
+                    if (i == last) {
+                        barrier_wait(&sh.rows_empty, rows % 2 ^ 1);
+                        barrier_expect(&sh.rows_full, 2 * 128 * D * 2);
+                        for (int w = 0; w < 2; w++)
+                            for (int c = 0; c < PANELS; c++) {
+                                tile_load(&qkv, &sh.rows_full, sh.q[w][c], c * 64, turn.head, turn.row0 + w * 64, turn.batch);
+                                tile_load(&dy_map, &sh.rows_full, sh.dy[w][c], c * 64, turn.head, turn.row0 + w * 64, turn.batch);
+                            }
+                        rows++;
+                    }
+                }
+            }
+        }
+        return;
+    }
+
+    registers_more<232>();
+    const int w = group - 1, thread = threadIdx.x % 128, warp = thread / WARP, lane = thread % WARP, g = lane / 4, t = lane % 4;
+    const uint32_t q_at = shared_address(sh.q[w][0]), dy_at = shared_address(sh.dy[w][0]);
+    int tile = 0, rows = 0;
+
+    for (int n = 0;; n++) {
+        const Turn turn(p, p.heads, batches, n);
+        if (turn.done) break;
+        if (turn.skip) continue;
+        const int first = max(0, turn.row0 - p.window + 1) / N, last = (min(turn.row0 + 128, p.time) - 1) / N;
+        const int low = turn.row0 + w * 64, row = low + warp * 16 + g;  // and row + 8
+
+        row_sums<D>(p, turn.head, turn.batch, low + warp * 16, y, dy, lse, sh.stat + w * 64 + warp * 16, stats);
+        const float2 stat[2] = {sh.stat[w * 64 + warp * 16 + g], sh.stat[w * 64 + warp * 16 + g + 8]};
+
+        float dq[D / 8][4] = {}, s[N / 8][4], dp[N / 8][4];
+        uint32_t ds[N / 16][4];
+        const auto issue_scores = [&](int stage) {
+            const uint32_t k_at = shared_address(sh.k[stage][0]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < D; k += 16)
+                Wgmma<N / 8, false>::ss(s, operand_k(q_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(k_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+            wgmma_commit();
+        };
+        const auto issue_dp = [&](int stage) {
+            const uint32_t v_at = shared_address(sh.v[stage][0]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < D; k += 16)
+                Wgmma<N / 8, false>::ss(dp, operand_k(dy_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(v_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+            wgmma_commit();
+        };
+        barrier_wait(&sh.rows_full, rows % 2);
+        for (int i = last; i >= first; i--, tile++) {
+            const int stage = tile % STAGES;
+            barrier_wait(&sh.full[stage], tile / STAGES % 2);
+            issue_scores(stage);
+            wgmma_wait<1>();
+            if (lane == 0 && i < last) barrier_arrive(&sh.empty[(tile - 1) % STAGES]);
+            issue_dp(stage);
+            const bool edge = i * N + N - 1 > low || i * N <= low + 63 - p.window;
+            wgmma_wait<1>();
+            hold(s);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const bool visible = !edge || p.sees(row + e / 2 * 8, i * N + 8 * j + 2 * t + e % 2);
+                    s[j][e] = probability(p, s[j][e], stat[e / 2].x, visible).y;
+                }
+            wgmma_wait<0>();
+            hold(dp);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[j][e] *= dp[j][e] - stat[e / 2].y;
+            to_operand<N>(ds, s);
+            wgmma_fence();
+            const uint32_t k_at = shared_address(sh.k[stage][0]);
+#pragma unroll
+            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dq, ds[k / 16], operand_n(k_at + k * 128, N * 128), 1);
+            wgmma_commit();
+        }
+        wgmma_wait<0>();
+        hold(dq);
+        if (lane == 0) barrier_arrive(&sh.empty[(tile - 1) % STAGES]);
+        store_tile<D>(sh.q[w][0], dq, p.scale, p.scale);
+        async_fence();
+        named_sync(1 + w, 128);
+        if (thread == 0) {
+            for (int c = 0; c < PANELS; c++) tile_store(&dqkv, sh.q[w][c], c * 64, turn.head, low, turn.batch);
+            tile_store_wait();
+            barrier_arrive(&sh.rows_empty);
+        }
+        rows++;
+    }
+#else
+    __trap();
+#endif
+}
+
+template <int D, int N> struct BackwardKvShared {
+    static constexpr int PANELS = D / 64;
+    bf16 k[2][PANELS][64 * 64], v[2][PANELS][64 * 64];
+    bf16 q[STAGES][PANELS][N * 64], dy[STAGES][PANELS][N * 64];
+    float2 stat[STAGES][N];
+    uint64_t keys_full, keys_empty, full[STAGES], empty[STAGES];
+};
+
+template <int D, int N>
+__global__ void __launch_bounds__(384, 1)
+    backward_kv_hopper_kernel(Problem p, int batches, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dy_map,
+                              const __grid_constant__ CUtensorMap dqkv, const float2* stats) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using Shared = BackwardKvShared<D, N>;
+    constexpr int PANELS = D / 64;
+    static_assert(N == 64, "a stage is loaded in boxes of 64 rows");
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared& sh = *reinterpret_cast<Shared*>(memory);
+    const int group = warpgroup(), heads = p.heads / p.kv_heads;
+    if (threadIdx.x == 0) {
+        barrier_init(&sh.keys_full, 1);
+        barrier_init(&sh.keys_empty, 2);
+        for (int i = 0; i < STAGES; i++) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 8);
+        async_fence();
+    }
+    __syncthreads();
+
+    if (group == 0) {
+        registers_less<24>();
+        if (threadIdx.x == 0) {
+            int tile = 0, keys = 0;
+            for (int n = 0;; n++) {
+                const Turn turn(p, p.kv_heads, batches, n);
+                if (turn.done) break;
+                if (turn.skip) continue;
+                const int first = turn.row0 / N, tiles = min(p.time - 1, turn.row0 + 127 + p.window - 1) / N - first + 1;
+                for (int i = 0; i < heads * tiles; i++, tile++) {
+                    const int stage = tile % STAGES, head = turn.head * heads + i / tiles, row0 = (first + i % tiles) * N;
+                    barrier_wait(&sh.empty[stage], tile / STAGES % 2 ^ 1);
+                    barrier_expect(&sh.full[stage], 2 * N * D * 2 + N * 8);
+                    for (int c = 0; c < PANELS; c++) {
+                        tile_load(&qkv, &sh.full[stage], sh.q[stage][c], c * 64, head, row0, turn.batch);
+                        tile_load(&dy_map, &sh.full[stage], sh.dy[stage][c], c * 64, head, row0, turn.batch);
+                    }
+                    bulk_load(&sh.full[stage], sh.stat[stage], stats + p.stat(turn.batch, head, row0), N * 8);
+                    if (i == 0) {
+                        barrier_wait(&sh.keys_empty, keys % 2 ^ 1);
+                        barrier_expect(&sh.keys_full, 2 * 128 * D * 2);
+                        for (int w = 0; w < 2; w++)
+                            for (int c = 0; c < PANELS; c++) {
+                                const int k_head = p.heads + turn.head;
+                                tile_load(&qkv, &sh.keys_full, sh.k[w][c], c * 64, k_head, turn.row0 + w * 64, turn.batch);
+                                tile_load(&qkv, &sh.keys_full, sh.v[w][c], c * 64, k_head + p.kv_heads, turn.row0 + w * 64, turn.batch);
+                            }
+                        keys++;
+                    }
+                }
+            }
+        }
+        return;
+    }
+
+    registers_more<240>();
+    const int w = group - 1, thread = threadIdx.x % 128, warp = thread / WARP, lane = thread % WARP, g = lane / 4, t = lane % 4;
+    const uint32_t k_at = shared_address(sh.k[w][0]), v_at = shared_address(sh.v[w][0]);
+    int done = 0, keys = 0;  // tiles of earlier turns
+
+    for (int n = 0;; n++) {
+        const Turn turn(p, p.kv_heads, batches, n);
+        if (turn.done) break;
+        if (turn.skip) continue;
+        const int first = turn.row0 / N, tiles = min(p.time - 1, turn.row0 + 127 + p.window - 1) / N - first + 1;
+        const int low = turn.row0 + w * 64, key = low + warp * 16 + g;  // and key + 8
+
+        float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[N / 8][4], dp[N / 8][4];
+        uint32_t probs[N / 16][4], ds[N / 16][4];
+        int previous = -1;  // the place whose sums may still be under way
+        // The next tile with rows that see a key of this warpgroup; the others are handed back unread.
+        const auto next = [&](int i) {
+            for (; i < heads * tiles; i++) {
+                const int row0 = (first + i % tiles) * N, stage = (done + i) % STAGES;
+                barrier_wait(&sh.full[stage], (done + i) / STAGES % 2);
+                if (row0 + N - 1 >= low && row0 < low + 63 + p.window) break;
+                if (previous >= 0) {  // or the copies would wait for it, and this for them
+                    wgmma_wait<0>();
+                    if (lane == 0) barrier_arrive(&sh.empty[previous]);
+                    previous = -1;
+                }
+                if (lane == 0) barrier_arrive(&sh.empty[stage]);
+            }
+            return i;
+        };
+        const auto issue_scores = [&](int stage) {
+            const uint32_t q_at = shared_address(sh.q[stage][0]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < D; k += 16)
+                Wgmma<N / 8, false>::ss(s, operand_k(k_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(q_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+            wgmma_commit();
+        };
+        const auto issue_dp = [&](int stage) {
+            const uint32_t dy_at = shared_address(sh.dy[stage][0]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < D; k += 16)
+                Wgmma<N / 8, false>::ss(dp, operand_k(v_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(dy_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+            wgmma_commit();
+        };
+        barrier_wait(&sh.keys_full, keys % 2);
+        for (int i = next(0); i < heads * tiles; i = next(i + 1)) {
+            const int stage = (done + i) % STAGES, row0 = (first + i % tiles) * N;
+            issue_scores(stage);
+            wgmma_wait<1>();
+            if (lane == 0 && previous >= 0) barrier_arrive(&sh.empty[previous]);
+            previous = stage;
+            issue_dp(stage);
+            const uint32_t q_at = shared_address(sh.q[stage][0]), dy_at = shared_address(sh.dy[stage][0]);
+            const bool edge = row0 < low + 63 || row0 + N - 1 >= low + p.window;
+            wgmma_wait<1>();
+            hold(s);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                const float4 stat = *reinterpret_cast<const float4*>(sh.stat[stage] + 8 * j + 2 * t);
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float2 prob[2];
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const bool visible = !edge || p.sees(row0 + 8 * j + 2 * t + e, key + 8 * r);
+                        prob[e] = probability(p, s[j][2 * r + e], e == 0 ? stat.x : stat.z, visible);
+                        s[j][2 * r + e] = prob[e].y;
+                    }
+                    probs[j / 2][j % 2 * 2 + r] = pack(prob[0].x, prob[1].x);
+                }
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dv, probs[k / 16], operand_n(dy_at + k * 128, N * 128), 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            hold(dp);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                const float4 stat = *reinterpret_cast<const float4*>(sh.stat[stage] + 8 * j + 2 * t);
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[j][e] *= dp[j][e] - (e % 2 == 0 ? stat.y : stat.w);
+            }
+            to_operand<N>(ds, s);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dk, ds[k / 16], operand_n(q_at + k * 128, N * 128), 1);
+            wgmma_commit();
+        }
+        wgmma_wait<0>();
+        hold(dv);
+        hold(dk);
+        if (lane == 0 && previous >= 0) barrier_arrive(&sh.empty[previous]);
+        done += heads * tiles;
+        store_tile<D>(sh.k[w][0], dk, p.scale, p.scale);
+        store_tile<D>(sh.v[w][0], dv, 1.0f, 1.0f);
+        async_fence();
+        named_sync(1 + w, 128);
+        if (thread == 0) {
+            for (int c = 0; c < PANELS; c++) {
+                tile_store(&dqkv, sh.k[w][c], c * 64, p.heads + turn.head, low, turn.batch);
+                tile_store(&dqkv, sh.v[w][c], c * 64, p.heads + p.kv_heads + turn.head, low, turn.batch);
+            }
+            tile_store_wait();
+            barrier_arrive(&sh.keys_empty);
+        }
+        keys++;
+    }
+#else
+    __trap();
+#endif
+}
+
+template <class K> cudaError_t reserve(K kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <int D, int M, int N>
+cudaError_t launch_forward(const Problem& p, int batch, const bf16* qkv, const float* sinks, bf16* y, float* lse, cudaStream_t stream) {
+    constexpr int ROWS = 64 * M, BYTES = (ROWS + 2 * N) * PITCH<D> * 2;
+    if (cudaError_t e = reserve(forward_kernel<D, M, N>, BYTES)) return e;
+    forward_kernel<D, M, N><<<dim3((p.time + ROWS - 1) / ROWS, p.heads, batch), 128, BYTES, stream>>>(p, qkv, sinks, y, lse);
+    return cudaGetLastError();
+}
+
+template <int D, int N, int W>
+cudaError_t launch_backward(const Problem& p, int batch, const bf16* qkv, const float* sinks, const bf16* y, const bf16* dy,
+                            const float* lse, float2* stats, bf16* dqkv, float* dsinks, cudaStream_t stream) {
+    constexpr int BYTES = 2 * (64 + N) * PITCH<D> * 2;
+    const int blocks = (p.time + 63) / 64;
+    if (cudaError_t e = reserve(backward_q_kernel<D, N>, BYTES)) return e;
+    if (cudaError_t e = reserve(backward_kv_kernel<D, N, W>, BYTES)) return e;
+    backward_q_kernel<D, N><<<dim3(blocks, p.heads, batch), 128, BYTES, stream>>>(p, qkv, y, dy, lse, stats, dqkv);
+    backward_kv_kernel<D, N, W><<<dim3(blocks, p.kv_heads * (D / W), batch), 128, BYTES, stream>>>(p, qkv, dy, stats, dqkv);
+    if (sinks && dsinks) backward_sink_kernel<<<p.heads, 256, 0, stream>>>(p, batch, sinks, stats, dsinks);
+    return cudaGetLastError();
+}
+
+// The device is a Hopper GPU; `processors` of it.
+bool hopper(int* processors) {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           major == 9 && cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+}
+
+template <int D, int N>
+cudaError_t launch_forward_hopper(const Problem& p, int batch, int processors, const bf16* qkv, const float* sinks, bf16* y, float* lse,
+                                  cudaStream_t stream) {
+    constexpr int BYTES = sizeof(ForwardShared<D, N>);
+    CUtensorMap qkv_map, y_map;
+    if (cudaError_t e = tile_map(&qkv_map, qkv, batch, p.time, p.heads + 2 * p.kv_heads, p.dim, 64)) return e;
+    if (cudaError_t e = tile_map(&y_map, y, batch, p.time, p.heads, p.dim, 64)) return e;
+    if (cudaError_t e = reserve(forward_hopper_kernel<D, N>, BYTES)) return e;
+    const int64_t units = int64_t((p.time + 127) / 128 + 1) / 2 * p.heads * batch;
+    const int blocks = int(units < processors ? units : processors);
+    forward_hopper_kernel<D, N><<<blocks, 384, BYTES, stream>>>(p, batch, qkv_map, y_map, sinks, lse);
+    return cudaGetLastError();
+}
+
+template <int D>
+cudaError_t launch_backward_hopper(const Problem& p, int batch, int processors, const bf16* qkv, const float* sinks, const bf16* y,
+                                   const bf16* dy, const float* lse, float2* stats, bf16* dqkv, float* dsinks, cudaStream_t stream) {
+    constexpr int Q_BYTES = sizeof(BackwardQShared<D, 128>), KV_BYTES = sizeof(BackwardKvShared<D, 64>);
+    CUtensorMap qkv_map, dqkv_map, dy_map;
+    if (cudaError_t e = tile_map(&qkv_map, qkv, batch, p.time, p.heads + 2 * p.kv_heads, p.dim, 64)) return e;
+    if (cudaError_t e = tile_map(&dqkv_map, dqkv, batch, p.time, p.heads + 2 * p.kv_heads, p.dim, 64)) return e;
+    if (cudaError_t e = tile_map(&dy_map, dy, batch, p.time, p.heads, p.dim, 64)) return e;
+    if (cudaError_t e = reserve(backward_q_hopper_kernel<D, 128>, Q_BYTES)) return e;
+    if (cudaError_t e = reserve(backward_kv_hopper_kernel<D, 64>, KV_BYTES)) return e;
+    const int64_t units = int64_t((p.time + 127) / 128 + 1) / 2 * batch;
+    const auto blocks = [&](int heads) { return int(units * heads < processors ? units * heads : processors); };
+    backward_q_hopper_kernel<D, 128><<<blocks(p.heads), 384, Q_BYTES, stream>>>(p, batch, qkv_map, dy_map, dqkv_map, y, dy, lse, stats);
+    backward_kv_hopper_kernel<D, 64><<<blocks(p.kv_heads), 384, KV_BYTES, stream>>>(p, batch, qkv_map, dy_map, dqkv_map, stats);
+    if (sinks && dsinks) backward_sink_kernel<<<p.heads, 256, 0, stream>>>(p, batch, sinks, stats, dsinks);
+    return cudaGetLastError();
+}
+
+#ifdef MARGAY_PATHS
+int path = 0;
+#endif
+
+bool supported(int batch, int time, int heads, int kv_heads, int dim) {
+    return batch > 0 && batch < 65536 && time > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads < 32768 && dim > 0 &&
+           dim <= 256 && dim % 8 == 0;
+}
+
+Problem problem(int time, int heads, int kv_heads, int dim, int window, float scale, float cap) {
+    return {time, heads, kv_heads, dim, window > 0 && window < time ? window : time, scale, cap};
+}
+
+}  // namespace
+
+// window 0: all earlier keys. softcap 0: none. sinks null: none.
+extern "C" int margay_softmax_attn_fwd(const void* qkv, const float* sinks, void* y, float* lse, int batch, int time, int heads,
+                                       int kv_heads, int dim, int window, float scale, float softcap, void* stream) {
+    if (!supported(batch, time, heads, kv_heads, dim)) return cudaErrorInvalidValue;
+    const Problem p = problem(time, heads, kv_heads, dim, window, scale, softcap);
+    const auto in = static_cast<const bf16*>(qkv);
+    const auto out = static_cast<bf16*>(y);
+    const auto s = static_cast<cudaStream_t>(stream);
+    int processors = 0;
+    bool fast = hopper(&processors);
+#ifdef MARGAY_PATHS
+    fast &= !(path & 1);
+#endif
+    if (fast && dim <= 64) return launch_forward_hopper<64, 128>(p, batch, processors, in, sinks, out, lse, s);
+    if (fast && dim <= 128) return launch_forward_hopper<128, 128>(p, batch, processors, in, sinks, out, lse, s);
+    if (dim <= 64) return launch_forward<64, 2, 64>(p, batch, in, sinks, out, lse, s);
+    if (dim <= 96) return launch_forward<96, 2, 64>(p, batch, in, sinks, out, lse, s);
+    if (dim <= 128) return launch_forward<128, 2, 64>(p, batch, in, sinks, out, lse, s);
+    return launch_forward<256, 1, 32>(p, batch, in, sinks, out, lse, s);
+}
+
+// Bytes the backward needs beside its results.
+extern "C" size_t margay_softmax_attn_bwd_scratch(int batch, int time, int heads) {
+    return size_t(batch) * heads * Problem::padded(time) * sizeof(float2);
+}
+
+// dsinks may be null. dqkv is overwritten.
+extern "C" int margay_softmax_attn_bwd(const void* qkv, const float* sinks, const void* y, const void* dy, const float* lse,
+                                       void* dqkv, float* dsinks, void* scratch, int batch, int time, int heads, int kv_heads,
+                                       int dim, int window, float scale, float softcap, void* stream) {
+    if (!supported(batch, time, heads, kv_heads, dim)) return cudaErrorInvalidValue;
+    const Problem p = problem(time, heads, kv_heads, dim, window, scale, softcap);
+    const auto run = [&](auto launch, auto... processors) {
+        return launch(p, batch, processors..., static_cast<const bf16*>(qkv), sinks, static_cast<const bf16*>(y), static_cast<const bf16*>(dy), lse,
+                      static_cast<float2*>(scratch), static_cast<bf16*>(dqkv), dsinks, static_cast<cudaStream_t>(stream));
+    };
+    int processors = 0;
+    bool fast = hopper(&processors);
+#ifdef MARGAY_PATHS
+    fast &= !(path & 2);
+#endif
+    if (fast && dim <= 64) return run(launch_backward_hopper<64>, processors);
+    if (fast && dim <= 128) return run(launch_backward_hopper<128>, processors);
+    if (dim <= 64) return run(launch_backward<64, 64, 64>);
+    if (dim <= 96) return run(launch_backward<96, 64, 96>);
+    if (dim <= 128) return run(launch_backward<128, 64, 128>);
+    return run(launch_backward<256, 32, 128>);
+}
+
+#ifdef MARGAY_PATHS
+extern "C" void margay_softmax_attn_path(int bits) { path = bits; }
+#endif
