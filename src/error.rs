@@ -24,6 +24,8 @@ pub enum Kind {
     Output,
     /// Training went wrong: NaN, explosion.
     Training,
+    /// The device has too little memory.
+    Memory,
     /// A check of `verify` failed.
     Verify,
     /// Stopped by the user; progress is saved.
@@ -94,7 +96,13 @@ impl std::error::Error for Error {}
 
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
-        Error::new(Kind::Unexpected, format!("tensor library: {e}"))
+        let text = e.to_string();
+        // The driver's own name of the error, through two libraries' wrappers.
+        if text.contains("CUDA_ERROR_OUT_OF_MEMORY") || text.contains("CUBLAS_STATUS_ALLOC_FAILED") {
+            return Error::new(Kind::Memory, "the GPU has too little free memory")
+                .hint("lower `micro_batch` or `seq_len`; `margay plan` tells what each stage needs");
+        }
+        Error::new(Kind::Unexpected, format!("tensor library: {text}"))
     }
 }
 

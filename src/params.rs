@@ -97,7 +97,7 @@ impl Adapters {
             x = (&x * keep_mask(x.dims(), self.dropout, seed, (layer * 8 + p as usize) as u64, x.device())?)?;
         }
         let low = x.matmul(&a.to_dtype(x.dtype())?.t()?)?;
-        let y = (low.matmul(&b.to_dtype(x.dtype())?.t()?)? * self.scale())?;
+        let y = low.matmul(&(b.as_tensor() * self.scale())?.to_dtype(x.dtype())?.t()?)?;
         shape.push(y.dim(1)?);
         Ok(Some(y.reshape(shape)?))
     }

@@ -10,6 +10,8 @@ pub mod hub;
 #[cfg(not(feature = "hub"))]
 #[path = "hub_off.rs"]
 pub mod hub;
+#[cfg(feature = "cuda")]
+mod upload;
 pub mod writer;
 
 use std::fs::File;
@@ -18,6 +20,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 pub use config::Config;
@@ -99,6 +102,8 @@ pub struct Checkpoint {
     /// One per [`Headers::files`].
     maps: Vec<Mmap>,
     dir: PathBuf,
+    #[cfg(feature = "cuda")]
+    upload: upload::Upload,
 }
 
 impl std::ops::Deref for Checkpoint {
@@ -142,7 +147,13 @@ impl Checkpoint {
             }
         };
         let maps = headers.files.iter().map(map).collect::<Result<_>>()?;
-        Ok(Checkpoint { headers, maps, dir: dir.into() })
+        Ok(Checkpoint {
+            headers,
+            maps,
+            dir: dir.into(),
+            #[cfg(feature = "cuda")]
+            upload: upload::Upload::default(),
+        })
     }
 
     pub fn headers(&self) -> &Headers {
@@ -192,6 +203,13 @@ impl Checkpoint {
             return Err(broken(message).hint("the checkpoint is damaged; fetch the file again or use another revision"));
         }
         let shape = shape.as_slice();
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(gpu) = device
+            && matches!(stored, Dtype::F32 | Dtype::BF16)
+        {
+            let stored = if *stored == Dtype::F32 { DType::F32 } else { DType::BF16 };
+            return Ok(self.upload.tensor(bytes, stored, shape, gpu)?.to_dtype(dtype)?);
+        }
         let tensor = match (stored, dtype) {
             (Dtype::F16, DType::F16) => Tensor::from_vec(values(bytes, f16::from_le_bytes), shape, device),
             (Dtype::F16, _) => Tensor::from_vec(values(bytes, |b| f16::from_le_bytes(b).to_f32()), shape, device),
@@ -223,10 +241,10 @@ fn values<T, const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T
 }
 
 /// Index of the first element that is `bad`.
-fn first<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool) -> Option<usize> {
-    const BLOCK: usize = 4096;
+fn first<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
+    const BLOCK: usize = 1 << 16;
     let all = bytes.as_chunks::<N>().0;
     // Blocks are tested without branches, which vectorises; only one with a hit is searched.
-    let block = all.chunks(BLOCK).position(|b| b.iter().fold(false, |hit, v| hit | bad(*v)))?;
+    let block = all.par_chunks(BLOCK).position_first(|b| b.iter().fold(false, |hit, v| hit | bad(*v)))?;
     all.iter().skip(block * BLOCK).position(|v| bad(*v)).map(|i| block * BLOCK + i)
 }

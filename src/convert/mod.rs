@@ -127,17 +127,7 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     if let Some(planned) = plan.stage("transfer") {
         let s = &recipe.transfer;
         let mut task = Transfer::new(&decoder, &teacher, &student, s, planned.micro_batch);
-        let settings = Settings {
-            stage: "transfer",
-            steps: planned.steps,
-            batch: s.batch,
-            micro_batch: planned.micro_batch,
-            optimizer: &s.optimizer,
-            schedule: &s.schedule,
-            eval_every: s.eval_every,
-            lr: s.lr,
-            seed: s.seed.unwrap_or(recipe.seed),
-        };
+        let settings = settings(planned, &s.optimizer, &s.schedule, s.eval_every, s.lr, s.seed.unwrap_or(recipe.seed));
         outcomes.push(("transfer", train_stage(&mut task, &settings, &corpus, s.seq_len, data, &mut run, progress)?));
         record("transferred", &decoder, &student, &mut run)?;
     }
@@ -152,17 +142,7 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         let targets = plan::lora_targets(&s.lora)?;
         student.adapters = Some(Adapters::new(model.architecture(), &targets, &s.lora, seed, device)?);
         let mut task = Recover::new(&decoder, &teacher, &student, s, planned.micro_batch, seed);
-        let settings = Settings {
-            stage: "recover",
-            steps: planned.steps,
-            batch: s.batch,
-            micro_batch: planned.micro_batch,
-            optimizer: &s.optimizer,
-            schedule: &s.schedule,
-            eval_every: s.eval_every,
-            lr: s.lr,
-            seed,
-        };
+        let settings = settings(planned, &s.optimizer, &s.schedule, s.eval_every, s.lr, seed);
         outcomes.push(("recover", train_stage(&mut task, &settings, &corpus, s.seq_len, data, &mut run, progress)?));
         record("recovered", &decoder, &student, &mut run)?;
         let name = |(layer, p)| model.architecture().name(crate::families::Role::Weight(layer, p));
@@ -248,6 +228,29 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     manifest.write(&dir)?;
     run.finish()?;
     Ok(Converted { plan, report: Some(report), seconds: started.elapsed().as_secs_f64() })
+}
+
+fn settings<'a>(
+    planned: &plan::Stage,
+    optimizer: &'a crate::recipe::Optimizer,
+    schedule: &'a crate::recipe::Schedule,
+    eval_every: usize,
+    lr: f64,
+    seed: u64,
+) -> Settings<'a> {
+    let plan::Stage { name: stage, steps, batch, micro_batch, .. } = *planned;
+    Settings {
+        stage,
+        steps,
+        batch,
+        micro_batch,
+        memory: planned.memory.total,
+        optimizer,
+        schedule,
+        eval_every,
+        lr,
+        seed,
+    }
 }
 
 fn train_stage(

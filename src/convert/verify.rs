@@ -84,9 +84,17 @@ pub struct Against<'a> {
     pub contexts: &'a [usize],
 }
 
-/// Largest relative difference allowed between two computations of the same logits.
+/// Largest [`difference`] allowed between two computations of the same logits: sums in another order in f32, and in bf16
+/// one rounding of 2^-9 per tensor, added up over the layers.
 fn tolerance(device: &Device) -> f64 {
-    if device.is_cpu() { 1e-4 } else { 2e-2 }
+    if device.is_cpu() { 1e-4 } else { 5e-2 }
+}
+
+/// Norm of the difference over the norm, of the worst position of logits [B, T, V].
+fn difference(found: &Tensor, wanted: &Tensor) -> Result<f64> {
+    let norm = |x: &Tensor| x.sqr()?.sum(2);
+    let ratio = (norm(&(found - wanted)?)? / (norm(wanted)? + 1e-18)?)?;
+    Ok(largest(&ratio)?.sqrt())
 }
 
 /// Verifies the export in `dir`.
@@ -114,7 +122,7 @@ pub fn verify(
         let ids = Tensor::new(&ids[..ids.len().min(256)], device)?.unsqueeze(0)?;
         let logits = |s: Subject| -> Result<Tensor> { Ok(s.decoder.logits(&s.decoder.hidden(&ids, s.net)?)?) };
         let (wanted, found) = (logits(student)?, logits(subject)?);
-        let difference = largest(&(&found - &wanted)?)? / largest(&wanted)?.max(1e-9);
+        let difference = difference(&found, &wanted)?;
         let limit = tolerance(device);
         report.check(
             "logits equal the model in memory",
@@ -239,7 +247,7 @@ fn recurrence(report: &mut Report, model: Subject, ids: &[u32], device: &Device)
         steps.push(model.decoder.extend(&all.narrow(1, t, 1)?.contiguous()?, model.net, &mut states)?);
     }
     let steps = model.decoder.logits(&Tensor::cat(&steps, 1)?)?;
-    let difference = largest(&(&steps - &whole)?)? / largest(&whole)?.max(1e-9);
+    let difference = difference(&steps, &whole)?;
     let limit = tolerance(device);
     let name = format!("one token at a time = parallel, {} tokens", ids.len());
     report.check(&name, format!("{difference:.1e}"), &format!("≤ {limit:.0e}"), difference <= limit);

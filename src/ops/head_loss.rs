@@ -48,9 +48,11 @@ impl std::ops::AddAssign for Sums {
     }
 }
 
-/// Rows whose logits are in memory at once: near 64 MB of them.
-pub fn block_rows(vocab: usize) -> usize {
-    ((16 << 20) / vocab).clamp(16, 1024)
+/// Rows whose logits are in memory at once: near 64 MB of them on the CPU; on a GPU, which needs more at once to be
+/// busy, near 256 MB.
+pub fn block_rows(vocab: usize, gpu: bool) -> usize {
+    let logits: usize = if gpu { 128 << 20 } else { 16 << 20 };
+    (logits / vocab).clamp(16, if gpu { 4096 } else { 1024 })
 }
 
 /// The loss, a scalar with gradient to `h`. Nothing waits for the device.
@@ -90,7 +92,7 @@ fn run(
     };
     let per_row = 1.0 / count.max(1.0);
     let (mut sums, mut gradients) = (Vec::new(), Vec::new());
-    let block = block_rows(head.dim(0)?);
+    let block = block_rows(head.dim(0)?, !h.device().is_cpu());
     for start in (0..rows).step_by(block) {
         let n = block.min(rows - start);
         let (mask, teacher) = (target.mask, target.teacher);

@@ -14,6 +14,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::convert::plan::bytes;
 use crate::data::{Batch, Split};
 use crate::error::{Error, Kind, Result};
 use crate::params::Param;
@@ -63,9 +64,11 @@ pub struct Settings<'a> {
     pub stage: &'static str,
     /// Optimiser steps in all.
     pub steps: u64,
-    /// Sequences per step, and at once.
+    /// Sequences per step, and at once; fewer at once where the device runs out of memory.
     pub batch: usize,
     pub micro_batch: usize,
+    /// Bytes of memory the plan expects.
+    pub memory: u64,
     pub optimizer: &'a Optimizer,
     pub schedule: &'a Schedule,
     pub eval_every: usize,
@@ -145,26 +148,34 @@ pub fn run(
     let tokens = (settings.batch * train.seq_len()) as u64;
     progress.begin(stage, settings.steps * tokens, step * tokens, "tokens");
     let mut saved_at = Instant::now();
+    let mut micro_batch = settings.micro_batch;
     while step < settings.steps {
         let started = Instant::now();
         let rows = train.draw(settings.seed, step * settings.batch as u64, settings.batch);
-        let mut grads = Grads(vec![None; params.len()]);
-        let mut losses: Option<Tensor> = None;
         let drawn = step * settings.batch as u64;
-        for (n, part) in rows.chunks(settings.micro_batch).enumerate() {
-            let share = part.len() as f64 / settings.batch as f64;
-            let batch = train.batch(part, params_device(&params))?;
-            let micro = task.gradients(&batch, drawn + (n * settings.micro_batch) as u64, share, &mut grads)?;
-            let micro = (micro.to_dtype(DType::F64)? * share)?;
-            losses = Some(match losses {
-                Some(sum) => (sum + micro)?,
-                None => micro,
-            });
-        }
+        let (losses, grads) = loop {
+            match accumulate(task, &params, train, &rows, drawn, micro_batch) {
+                Err(e) if e.kind == Kind::Memory && micro_batch > 1 => {
+                    micro_batch = micro_batch.div_ceil(2);
+                    progress.warn(&format!(
+                        "`{stage}` ran out of memory (planned: {}); going on with {micro_batch} of {} sequences at once",
+                        bytes(settings.memory),
+                        settings.batch
+                    ));
+                }
+                Err(e) if e.kind == Kind::Memory => {
+                    let message = format!("{} in stage `{stage}`, planned: {}", e.message, bytes(settings.memory));
+                    let hint = format!("lower `{stage}.seq_len`, or use a device with more memory; progress is saved");
+                    return Err(Error::new(Kind::Memory, message).hint(hint));
+                }
+                done => break done?,
+            }
+        };
         let lr = position.rate.at(step);
         let update = optimizer.update(&params, &grads.0, lr, &peaks)?;
+        drop(grads);
         // The one place of a step that waits for the device.
-        let losses = losses.map_or(Ok(Vec::new()), |l| l.to_vec1::<f64>())?;
+        let losses = losses.to_vec1::<f64>()?;
         step += 1;
         check_finite(task, stage, step, "loss", &losses)?;
         update.check(&params, stage, step)?;
@@ -219,6 +230,31 @@ pub fn run(
     }
     progress.end(&summary(&position.outcome));
     Ok(position.outcome)
+}
+
+/// Losses of the parts and gradients of one step's sequences, `micro_batch` at once; `drawn` came before them.
+fn accumulate(
+    task: &mut dyn Task,
+    params: &[Param],
+    train: &Split,
+    rows: &[usize],
+    drawn: u64,
+    micro_batch: usize,
+) -> Result<(Tensor, Grads)> {
+    let mut grads = Grads(vec![None; params.len()]);
+    let mut losses: Option<Tensor> = None;
+    for (n, part) in rows.chunks(micro_batch).enumerate() {
+        let share = part.len() as f64 / rows.len() as f64;
+        let batch = train.batch(part, params_device(params))?;
+        let micro = task.gradients(&batch, drawn + (n * micro_batch) as u64, share, &mut grads)?;
+        let micro = (micro.to_dtype(DType::F64)? * share)?;
+        losses = Some(match losses {
+            Some(sum) => (sum + micro)?,
+            None => micro,
+        });
+    }
+    let losses = losses.map_or_else(|| Tensor::zeros(0, DType::F64, params_device(params)), Ok)?;
+    Ok((losses, grads))
 }
 
 fn summary(outcome: &Outcome) -> String {

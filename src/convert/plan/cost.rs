@@ -247,7 +247,7 @@ impl<'a> Costs<'a> {
             PlanDevice::Cpu => 2 + taught as u64,
             PlanDevice::Cuda => 8 + 3 * taught as u64,
         };
-        4 * copies * (block_rows(self.a.vocab).min(rows) * self.a.vocab) as u64
+        4 * copies * (block_rows(self.a.vocab, self.device == PlanDevice::Cuda).min(rows) * self.a.vocab) as u64
     }
 
     fn activations(&self, micro: usize, seq_len: usize, width: u64) -> u64 {
