@@ -95,16 +95,29 @@ fn same(what: &str, params: &[Param], got: &[Tensor], wanted: &[Tensor], toleran
     }
 }
 
+/// The CPU, and the first GPU where this build and machine have one.
+fn devices() -> Vec<Device> {
+    let gpu = margay::ops::gpu(0);
+    if gpu.is_err() {
+        eprintln!("skipped on a GPU: there is none");
+    }
+    std::iter::once(CPU).chain(gpu).collect()
+}
+
 #[test]
 fn adamw_equals_loops() -> Result {
+    devices().iter().try_for_each(adamw_equals_loops_on)
+}
+
+fn adamw_equals_loops_on(device: &Device) -> Result {
     let settings = recipe::Optimizer { beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1, clip: 1.5 };
-    let shapes: [&[usize]; 3] = [&[3, 4], &[5], &[2]];
+    let shapes: [&[usize]; 3] = [&[3, 4000], &[5], &[2]];
     let params: Vec<Param> = shapes
         .iter()
         .enumerate()
         .map(|(n, shape)| -> Result<Param> {
-            let var = Var::from_tensor(&randn(shape, n as u64).to_dtype(DType::F32)?)?;
-            Ok(Param { name: format!("p{n}"), var, scalar: false })
+            let start = randn(shape, n as u64).to_dtype(DType::F32)?.to_device(device)?;
+            Ok(Param { name: format!("p{n}"), var: Var::from_tensor(&start)?, scalar: false })
         })
         .collect::<Result<_>>()?;
     // The last one never gets a gradient and stays as it is, undecayed.
@@ -118,7 +131,9 @@ fn adamw_equals_loops() -> Result {
         // Early gradients are clipped, later ones are not.
         let grads: Vec<Option<Tensor>> = (0..3)
             .map(|n| -> Result<Option<Tensor>> {
-                let g = (randn(shapes[n], 100 * step as u64 + n as u64) / step as f64)?.to_dtype(DType::F32)?;
+                let scale = if n == 0 { 0.02 } else { 1.0 } / step as f64; // the large one must not rule the norm
+                let g = (randn(shapes[n], 100 * step as u64 + n as u64) * scale)?.to_dtype(DType::F32)?;
+                let g = g.to_device(device)?;
                 Ok((n < 2).then_some(g))
             })
             .collect::<Result<_>>()?;
@@ -150,13 +165,17 @@ fn adamw_equals_loops() -> Result {
 
 #[test]
 fn a_gradient_that_is_not_finite_changes_nothing() -> Result {
+    devices().iter().try_for_each(a_gradient_that_is_not_finite_changes_nothing_on)
+}
+
+fn a_gradient_that_is_not_finite_changes_nothing_on(device: &Device) -> Result {
     let params = ["good", "bad"].map(|name| Param {
         name: name.into(),
-        var: Var::from_tensor(&Tensor::ones(2, DType::F32, &CPU).unwrap()).unwrap(),
+        var: Var::from_tensor(&Tensor::ones(2, DType::F32, device).unwrap()).unwrap(),
         scalar: false,
     });
     let mut optimizer = AdamW::new(&params, &recipe::Recover::default().optimizer)?;
-    let grads = [Some(Tensor::new(&[1f32, 1.0], &CPU)?), Some(Tensor::new(&[1f32, f32::NAN], &CPU)?)];
+    let grads = [Some(Tensor::new(&[1f32, 1.0], device)?), Some(Tensor::new(&[1f32, f32::NAN], device)?)];
     let error = optimizer.update(&params, &grads, 0.1, &[1.0, 1.0])?.check(&params, "recover", 7).unwrap_err();
     assert!(error.message.contains("`bad`") && error.message.contains("step 7 of stage `recover`"), "{error}");
     assert_eq!((flat(&params[0].var), optimizer.steps), (vec![1.0, 1.0], 0));

@@ -64,3 +64,64 @@ fn flat(x: &Tensor) -> Vec<f64> {
 fn largest(x: &Tensor) -> f64 {
     flat(x).iter().fold(0f64, |m, v| m.max(v.abs()))
 }
+
+/// The CUDA form against the definition: inputs rounded to bf16 (and to f32 where `wide`), the oracle `plain` in f64 on
+/// exactly these values. Its error, as a relative norm, may be at most twice that of the plain form in the same precision,
+/// or the rounding of the result. Fresh memory is poisoned with NaN before, so an element that is never written shows.
+/// Without a GPU nothing runs, which is said.
+#[cfg(feature = "cuda")]
+pub fn check_gpu(
+    what: &str,
+    inputs: &[Tensor],
+    wide: bool,
+    op: impl Fn(&[Tensor]) -> Result<Tensor>,
+    plain: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
+    let Ok(gpu) = super::gpu(0) else {
+        eprintln!("skipped: no GPU for {what}");
+        return;
+    };
+    let run = |f: &dyn Fn(&[Tensor]) -> Result<Tensor>, rounded: DType, dtype: DType, device: &Device| {
+        let var = |x: &Tensor| Var::from_tensor(&x.to_dtype(rounded)?.to_dtype(dtype)?.to_device(device)?);
+        let vars = inputs.iter().map(var).collect::<Result<Vec<_>>>()?;
+        if device.is_cuda() {
+            for x in inputs.iter().chain([&inputs[0]; 4]) {
+                drop(Tensor::full(f32::NAN, x.shape(), device)?.to_dtype(dtype)?);
+            }
+        }
+        let y = f(&vars.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>())?;
+        let weights = input("randn", y.dims(), 99).to_dtype(rounded)?.to_dtype(y.dtype())?.to_device(device)?;
+        let zero = Tensor::zeros((), DType::F32, device)?.to_dtype(super::wide(y.dtype()))?;
+        let grads = super::loss::with_gradient(&y, zero, weights)?.backward()?;
+        let mut out = vec![y];
+        for (i, v) in vars.iter().enumerate() {
+            out.push(grads.get(v).unwrap_or_else(|| panic!("{what}: input {i} has no gradient")).clone());
+        }
+        Ok::<_, candle_core::Error>(out)
+    };
+    for dtype in if wide { &[DType::BF16, DType::F32][..] } else { &[DType::BF16] } {
+        let what = format!("{what} in {dtype:?}");
+        let oracle = run(&plain, *dtype, DType::F64, &Device::Cpu).expect(&what);
+        let simple = run(&plain, *dtype, *dtype, &gpu).expect(&what);
+        let fast = run(&op, *dtype, *dtype, &gpu).expect(&what);
+        let again = run(&op, *dtype, *dtype, &gpu).expect(&what);
+        for (i, (((wanted, plain), fast), again)) in oracle.iter().zip(&simple).zip(&fast).zip(&again).enumerate() {
+            let name = if i == 0 { "output".into() } else { format!("gradient of input {}", i - 1) };
+            let (allowed, found) = (relative(plain, wanted), relative(fast, wanted));
+            let floor = if *dtype == DType::BF16 { 3e-3 } else { 2e-6 };
+            assert!(
+                found <= (2.0 * allowed).max(floor),
+                "{what}: {name} is off by {found:e}, the plain form by {allowed:e}"
+            );
+            assert_eq!(flat(fast), flat(again), "{what}: {name} differs between two runs");
+        }
+    }
+}
+
+/// ‖x - wanted‖ / ‖wanted‖; NaN where either holds one.
+#[cfg(feature = "cuda")]
+fn relative(x: &Tensor, wanted: &Tensor) -> f64 {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+    let (x, wanted) = (flat(x), flat(wanted));
+    norm(&mut x.iter().zip(&wanted).map(|(a, b)| a - b)) / norm(&mut wanted.iter().copied()).max(1e-30)
+}

@@ -345,4 +345,40 @@ mod tests {
             }
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn gpu_equals_autograd() {
+        let (rows, width, vocab) = (300, 64, 1000);
+        for (masked, taught) in [(false, false), (true, false), (false, true), (true, true)] {
+            let with = |x: &Tensor, loss: &dyn Fn(&Tensor, &Target) -> Result<Tensor>| -> Result<Tensor> {
+                let (device, dtype) = (x.device(), x.dtype());
+                let there = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(dtype)?.to_device(device);
+                let tokens = Tensor::from_iter((0..rows as u32).map(|i| i * 7 % vocab), device)?;
+                let mask = Tensor::from_iter((0..rows).map(|i| (i % 3 != 0) as u8 as f32), device)?;
+                let mask = mask.to_dtype(super::super::wide(dtype))?;
+                let (head, t) =
+                    (there(input("randn", &[vocab as usize, width], 2))?, there(input("randn", &[rows, width], 3))?);
+                let (mask, teacher) = (masked.then_some(&mask), taught.then_some(&t));
+                loss(&head, &Target { tokens: &tokens, mask, teacher, ce_weight: 0.7, kl_weight: 1.3 })
+            };
+            super::super::check::check_gpu(
+                &format!("masked {masked}, taught {taught}"),
+                &[input("randn", &[rows, width], 1)],
+                false,
+                |x| with(&x[0], &|head, target| head_loss(&x[0], head, target)),
+                |x| {
+                    with(&x[0], &|head, target| {
+                        let wide = super::super::wide(x[0].dtype());
+                        let teacher = target.teacher.map(|t| t.to_dtype(wide)).transpose()?;
+                        oracle(
+                            &x[0].to_dtype(wide)?,
+                            &head.to_dtype(wide)?,
+                            &Target { teacher: teacher.as_ref(), ..*target },
+                        )
+                    })
+                },
+            );
+        }
+    }
 }

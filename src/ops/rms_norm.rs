@@ -131,4 +131,20 @@ mod tests {
             check(kind, &[input(kind, &[2, 33, 24], 1)], 2e-6, |x| super::rms_norm(&x[0], &weight, 1e-5));
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn gpu_equals_plain() {
+        for (kind, n) in INPUTS.into_iter().flat_map(|kind| [24, 1000, 4096].map(|n| (kind, n))) {
+            let weight = input("randn", &[n], 7);
+            let of = |x: &candle_core::Tensor| weight.to_device(x.device())?.to_dtype(x.dtype());
+            super::super::check::check_gpu(
+                &format!("{kind}, {n}"),
+                &[input(kind, &[2, 33, n], 1)],
+                true,
+                |x| super::rms_norm(&x[0], &of(&x[0])?, 1e-5),
+                |x| super::plain(&x[0], &of(&x[0])?, 1e-5),
+            );
+        }
+    }
 }

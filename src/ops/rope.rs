@@ -145,4 +145,21 @@ mod tests {
             }
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn gpu_equals_plain() {
+        let angle = input("large", &[37, 32], 3).to_dtype(candle_core::DType::F32).unwrap();
+        let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
+        for (kind, rotated) in INPUTS.into_iter().flat_map(|kind| [3, 5].map(|r| (kind, r))) {
+            let tables = |x: &candle_core::Tensor| Ok((cos.to_device(x.device())?, sin.to_device(x.device())?));
+            super::super::check::check_gpu(
+                &format!("{kind}, {rotated}"),
+                &[input(kind, &[2, 37, 5, 64], 1)],
+                true,
+                |x| tables(&x[0]).and_then(|(cos, sin)| super::rope(&x[0], &cos, &sin, rotated)),
+                |x| tables(&x[0]).and_then(|(cos, sin)| super::plain(&x[0], &cos, &sin, rotated)),
+            );
+        }
+    }
 }

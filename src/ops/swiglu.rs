@@ -131,4 +131,14 @@ mod tests {
             check(kind, &x, 2e-6, |x| super::swiglu(&x[0]));
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn gpu_equals_plain() {
+        for (kind, n) in INPUTS.into_iter().flat_map(|kind| [10, 64, 1376].map(|n| (kind, n))) {
+            let x = [input(kind, &[3, 41, n], 1)];
+            let what = format!("{kind}, {n}");
+            super::super::check::check_gpu(&what, &x, true, |x| super::swiglu(&x[0]), |x| super::plain(&x[0]));
+        }
+    }
 }
