@@ -1,0 +1,920 @@
+// Delta rule, gated delta rule and KDA, chunkwise in WY form: forward and backward.
+//
+//   S_t = D_t S_{t-1} + k_t u_tᵀ,  u_t = β_t (v_t - (D_t S_{t-1})ᵀ k_t),  o_t = scale S_tᵀ q_t,  D_t = exp(g_t)
+//
+// g is absent (delta rule), one number per head (gated delta rule) or one per key channel (KDA). With G the inclusive
+// sum of g inside a chunk of 64 rows, S the state before it, E_ij = exp(G_i - G_j) for i >= j:
+//
+//   M = stril(k kᵀ E),  P = scale tril(q kᵀ E),  τ = -M - M β τ  (strictly lower, so forward substitution)
+//   R = v - (k e^G) S,  Y = R + τ (β R),  U = β Y,  o = scale (q e^G) S + P U,  S' = e^{G_C} S + (k e^{G_C - G})ᵀ U
+//
+// (I + τ β) is the inverse of (I + M β): its unit diagonal stays exact, only τ is rounded to bf16, and β = 0 is as good
+// as any other value. Backwards, with dS' the gradient of the state after the chunk:
+//
+//   dU = Pᵀ do + (k e^{G_C - G}) dS',  X = dU + τᵀ (β dU),  dR = dv = β X,  dβ = Σ_v X Y
+//   dS = e^{G_C} dS' + scale (q e^G)ᵀ do - (k e^G)ᵀ dR,  dP = scale tril(do Uᵀ),  dM = -stril(dR Uᵀ)
+//
+// and dq, dk from dP, dM, do Sᵀ, dR Sᵀ, U dS'ᵀ; dG_i = q_i·dq_i + k_i·dk_i (as row) - k_i·dk_i (as column).
+//
+// Four kernels, each walking chunks of 64 rows with bf16 tensor-core products and f32 sums:
+//   prepare    per chunk and head: sums of the gates, row norms, P and τ; the solve is f32.
+//   scan       per head and block of value columns, chunk after chunk: S in registers; writes o, and for the backward
+//              pass S before each chunk and Y.
+//   scan_back  the same from the last chunk to the first: dS in registers; writes dS' of each chunk and X.
+//   local_back per chunk and head: everything else.
+// KDA has its own `prepare` and `local_back`: decays per channel do not factor out of the products. Blocks of 16 rows
+// do: k_i e^{G_i - r} against k_j e^{r - G_j}, r the sum at the boundary between them, so that both exponents are
+// negative; inside a block of 16 the exponents are taken pair by pair.
+//
+// Layout: q, k, v (and KDA's g) bf16 [B, T, heads, D] with a common distance `row` of positions, k and v heads shared by
+// H / Hkv query heads; β and the scalar g f32 [B, T, H]; o, do bf16 [B, T, H, D]; states f32 [B, H, D, D]. Gradients of k
+// and v are per query head. D is 64 or 128. Everything between kernels lies chunk after chunk of each head.
+#include "common.cuh"
+
+namespace margay {
+namespace delta {
+
+constexpr int C = 64;        // rows of a chunk
+constexpr int LC = C + 8;    // distance of rows of a C-wide tile: 16 bytes off a multiple of 128, no bank conflicts
+constexpr float LOG2E = 1.4426950408889634f;
+enum Gate { NONE = 0, SCALAR = 1, CHANNEL = 2 };
+
+// Rows of `vec`, f32 per chunk.
+enum Vec { V_G = 0, V_RQ = 1, V_RK = 2, V_BETA = 3, V_ROWS = 4 };
+
+struct Shape {
+    int batch, time, heads, kv_heads, chunks;
+    long row;   // distance of positions of q, k, v, g
+    long drow;  // of their gradients
+    float scale;
+    int normalize;
+};
+
+// What the forward pass leaves for the backward pass.
+struct Saved {
+    float* vec;   // [BH, N, 4, C]
+    bf16* tau;    // [BH, N, C, C]
+    bf16* p;      // [BH, N, C, C]
+    bf16* y;      // [BH, N, C, D]
+    bf16* h;      // [BH, N, D, D] state before the chunk
+    bf16* qd;     // KDA: scale q e^G   [BH, N, C, D]
+    bf16* kd;     // KDA: k e^G
+    bf16* ke;     // KDA: k e^{G_C - G}
+    float* decay; // KDA: e^{G_C} [BH, N, D]
+};
+
+template <int COLS, int LD> __device__ __forceinline__ void load_rows(bf16* to, const bf16* from, long row, int valid,
+                                                                     int rows = C) {
+    for (int i = threadIdx.x; i < rows * (COLS / 8); i += blockDim.x) {
+        const int r = i / (COLS / 8), c = i % (COLS / 8) * 8;
+        copy16(to + r * LD + c, from + (r < valid ? r * row : 0) + c, r < valid);
+    }
+}
+
+template <int COLS, int LD> __device__ __forceinline__ void store_rows(bf16* to, const bf16* from, long row, int valid) {
+    for (int i = threadIdx.x; i < C * (COLS / 8); i += blockDim.x) {
+        const int r = i / (COLS / 8), c = i % (COLS / 8) * 8;
+        if (r < valid) *reinterpret_cast<uint4*>(to + r * row + c) = *reinterpret_cast<const uint4*>(from + r * LD + c);
+    }
+}
+
+// Fragments of A (16 x 16 at m, k) from a tile stored [m][k], or [k][m] where `T`.
+template <bool T, int LD> __device__ __forceinline__ void frag_a(uint32_t (&a)[4], const bf16* tile, int m, int k) {
+    const int l = threadIdx.x % WARP;
+    if constexpr (T)
+        load_tiles_t(a, tile + (k + l % 8 + l / 16 * 8) * LD + m + l / 8 % 2 * 8);
+    else
+        load_tiles(a, tile + (m + l % 16) * LD + k + l / 16 * 8);
+}
+
+// Fragments of B (16 x 16 at k, n: two column tiles) from a tile stored [k][n], or [n][k] where `T`.
+template <bool T, int LD> __device__ __forceinline__ void frag_b(uint32_t (&b)[4], const bf16* tile, int k, int n) {
+    const int l = threadIdx.x % WARP;
+    if constexpr (T)
+        load_tiles(b, tile + (n + l % 8 + l / 16 * 8) * LD + k + l / 8 % 2 * 8);
+    else
+        load_tiles_t(b, tile + (k + l % 16) * LD + n + l / 16 * 8);
+}
+
+// acc [16, 8 NT] += A[m.., k] B[k, n..] for k in [from, to), steps of 16. `AT`, `BT`: stored transposed.
+template <int NT, bool AT, bool BT, int LDA, int LDB>
+__device__ __forceinline__ void product(float (&acc)[NT][4], const bf16* a, const bf16* b, int m, int n, int from, int to,
+                                        int shift_a = 0) {
+#pragma unroll 4
+    for (int k = from; k < to; k += 16) {
+        uint32_t fa[4], fb[4];
+        frag_a<AT, LDA>(fa, a, m, k + shift_a);
+#pragma unroll
+        for (int j = 0; j < NT; j += 2) {
+            frag_b<BT, LDB>(fb, b, k, n + j * 8);
+            mma(acc[j], fa, fb[0], fb[1]);
+            mma(acc[j + 1], fa, fb[2], fb[3]);
+        }
+    }
+}
+
+template <int NT> __device__ __forceinline__ void clear(float (&acc)[NT][4]) {
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[j][e] = 0.0f;
+}
+
+// Row scales of the two rows a lane holds.
+template <int NT> __device__ __forceinline__ void scale_rows(float (&acc)[NT][4], float lo, float hi) {
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        acc[j][0] *= lo, acc[j][1] *= lo;
+        acc[j][2] *= hi, acc[j][3] *= hi;
+    }
+}
+
+// acc to a bf16 tile at (m, n), rows scaled.
+template <int NT, int LD>
+__device__ __forceinline__ void put(bf16* tile, const float (&acc)[NT][4], int m, int n, float lo = 1, float hi = 1) {
+    const int l = threadIdx.x % WARP, g = l / 4, t = l % 4;
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        *reinterpret_cast<uint32_t*>(tile + (m + g) * LD + n + j * 8 + 2 * t) = pack(acc[j][0] * lo, acc[j][1] * lo);
+        *reinterpret_cast<uint32_t*>(tile + (m + g + 8) * LD + n + j * 8 + 2 * t) = pack(acc[j][2] * hi, acc[j][3] * hi);
+    }
+}
+
+// The same to global memory where the row is valid.
+template <int NT>
+__device__ __forceinline__ void put_global(bf16* to, long row, const float (&acc)[NT][4], int m, int n, int valid) {
+    const int l = threadIdx.x % WARP, g = l / 4, t = l % 4;
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        if (m + g < valid)
+            *reinterpret_cast<uint32_t*>(to + (m + g) * row + n + j * 8 + 2 * t) = pack(acc[j][0], acc[j][1]);
+        if (m + g + 8 < valid)
+            *reinterpret_cast<uint32_t*>(to + (m + g + 8) * row + n + j * 8 + 2 * t) = pack(acc[j][2], acc[j][3]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- prepare
+
+constexpr int LM = C + 4;  // distance of rows of the f32 matrix that is solved
+
+// τ from M in place, by 128 threads; `beta` [C], `tmp` [32, 36].
+// Blocks of 16 column by column, then pairs of blocks: τ21 = -(I + τ22 β2) M21 (I + β1 τ11).
+__device__ __forceinline__ void solve(float* m, const float* beta, float* tmp) {
+    const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
+    if (tid < 128 && lane < 16) {
+        float* block = m + warp * 16 * LM + warp * 16;
+        float x[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) x[i] = -block[i * LM + lane];
+#pragma unroll
+        for (int k = 0; k < 15; k++) {
+            const float bx = beta[warp * 16 + k] * x[k];
+#pragma unroll
+            for (int i = k + 1; i < 16; i++) x[i] -= block[i * LM + k] * bx;
+        }
+        __syncwarp(0xffff);
+#pragma unroll
+        for (int i = 0; i < 16; i++) block[i * LM + lane] = x[i];
+    }
+    __syncthreads();
+    {   // 16 -> 32, two pairs; 64 threads each, four columns of one row
+        const int pair = tid / 64, r = tid % 64 / 4, c = tid % 4 * 4, base = pair * 32;
+        float* block = m + base * LM + base;
+        float x[4];
+        if (tid < 128) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) x[e] = block[(16 + r) * LM + c + e];
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                const float a = block[(16 + r) * LM + k] * beta[base + k];
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[e] += a * block[k * LM + c + e];
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) tmp[(pair * 16 + r) * 36 + c + e] = x[e];
+        }
+        __syncthreads();
+        if (tid < 128) {
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                const float a = block[(16 + r) * LM + 16 + k] * beta[base + 16 + k];
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[e] += a * tmp[(pair * 16 + k) * 36 + c + e];
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) block[(16 + r) * LM + c + e] = -x[e];
+        }
+        __syncthreads();
+    }
+    {   // 32 -> 64: 128 threads, eight columns of one row
+        const int r = tid / 4 % 32, c = tid % 4 * 8;
+        float x[8];
+        if (tid < 128) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) x[e] = m[(32 + r) * LM + c + e];
+#pragma unroll 8
+            for (int k = 0; k < 32; k++) {
+                const float a = m[(32 + r) * LM + k] * beta[k];
+#pragma unroll
+                for (int e = 0; e < 8; e++) x[e] += a * m[k * LM + c + e];
+            }
+#pragma unroll
+            for (int e = 0; e < 8; e++) tmp[r * 36 + c + e] = x[e];
+        }
+        __syncthreads();
+        if (tid < 128) {
+#pragma unroll 8
+            for (int k = 0; k < 32; k++) {
+                const float a = m[(32 + r) * LM + 32 + k] * beta[32 + k];
+#pragma unroll
+                for (int e = 0; e < 8; e++) x[e] += a * tmp[k * 36 + c + e];
+            }
+#pragma unroll
+            for (int e = 0; e < 8; e++) m[(32 + r) * LM + c + e] = -x[e];
+        }
+        __syncthreads();
+    }
+}
+
+// 1 / sqrt(|x|² + 1e-6) of each row of a tile, four lanes a row, or 1.
+template <int D, int LD> __device__ __forceinline__ void row_norms(float* out, const bf16* tile, int normalize) {
+    for (int i = threadIdx.x; i < C * 4; i += blockDim.x) {
+        const bf16* row = tile + i / 4 * LD;
+        float sum = 0;
+        if (normalize) {
+#pragma unroll
+            for (int c = 0; c < D / 8; c++) {
+                const int at = (c * 4 + i % 4) * 2;
+                const float2 x = unpack(*reinterpret_cast<const uint32_t*>(row + at));
+                sum += x.x * x.x + x.y * x.y;
+            }
+        }
+        sum = warp_sum<4>(sum);
+        if (i % 4 == 0) out[i / 4] = normalize ? rsqrtf(sum + 1e-6f) : 1.0f;
+    }
+}
+
+template <int D> struct PrepareShared {
+    bf16 q[C * (D + 8)], k[C * (D + 8)];
+    float m[C * LM], tmp[32 * 36], vec[V_ROWS * C];
+};
+
+template <int D, int GATE>
+__global__ void __launch_bounds__(128) prepare(const bf16* q, const bf16* k, const float* beta, const float* gate, Saved out,
+                                               Shape s) {
+    extern __shared__ __align__(16) unsigned char raw[];
+    auto& sh = *reinterpret_cast<PrepareShared<D>*>(raw);
+    constexpr int LD = D + 8;
+    const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
+    const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
+    const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
+    const long at = (long)b * s.time + start;
+    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    copy_commit();
+    if (tid < C) {
+        const bool in = tid < valid;
+        const long i = (at + tid) * s.heads + h;
+        sh.vec[V_BETA * C + tid] = in ? beta[i] : 0.0f;
+        sh.vec[V_G * C + tid] = GATE == SCALAR && in ? gate[i] : 0.0f;
+    }
+    __syncthreads();
+    if (GATE == SCALAR && warp == 0) {  // inclusive sums, two rows a lane
+        const float a = sh.vec[2 * lane], c = sh.vec[2 * lane + 1];
+        float sum = a + c;
+#pragma unroll
+        for (int d = 1; d < WARP; d *= 2) {
+            const float up = __shfl_up_sync(0xffffffffu, sum, d);
+            if (lane >= d) sum += up;
+        }
+        sh.vec[2 * lane] = sum - c;
+        sh.vec[2 * lane + 1] = sum;
+    }
+    copy_wait<0>();
+    __syncthreads();
+    row_norms<D, LD>(sh.vec + V_RQ * C, sh.q, s.normalize);
+    row_norms<D, LD>(sh.vec + V_RK * C, sh.k, s.normalize);
+    __syncthreads();
+
+    const long ch = (long)bh * s.chunks + chunk;
+    for (int i = tid; i < V_ROWS * C; i += 128) out.vec[ch * V_ROWS * C + i] = sh.vec[i];
+    const float *sum = sh.vec, *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C;
+    const int g = lane / 4, t = lane % 4, m0 = warp * 16;
+    float kk[8][4], qk[8][4];
+    clear(kk), clear(qk);
+#pragma unroll
+    for (int d = 0; d < D; d += 16) {
+        uint32_t fk[4], fq[4], fb[4];
+        frag_a<false, LD>(fk, sh.k, m0, d);
+        frag_a<false, LD>(fq, sh.q, m0, d);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            if (j > 2 * warp) continue;
+            frag_b<true, LD>(fb, sh.k, d, j * 8);
+            mma(kk[j], fk, fb[0], fb[1]), mma(kk[j + 1], fk, fb[2], fb[3]);
+            mma(qk[j], fq, fb[0], fb[1]), mma(qk[j + 1], fq, fb[2], fb[3]);
+        }
+    }
+    bf16* p = out.p + ch * C * C;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int i = m0 + g + e / 2 * 8, c = j * 8 + 2 * t + e % 2;
+            const float decay = (GATE == SCALAR ? exp2f(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * rk[c];
+            sh.m[i * LM + c] = c < i ? kk[j][e] * decay * rk[i] : 0.0f;
+            qk[j][e] = c <= i ? qk[j][e] * decay * rq[i] * s.scale : 0.0f;
+        }
+        *reinterpret_cast<uint32_t*>(p + (m0 + g) * C + j * 8 + 2 * t) = pack(qk[j][0], qk[j][1]);
+        *reinterpret_cast<uint32_t*>(p + (m0 + g + 8) * C + j * 8 + 2 * t) = pack(qk[j][2], qk[j][3]);
+    }
+    __syncthreads();
+    solve(sh.m, sh.vec + V_BETA * C, sh.tmp);
+    uint32_t* tau = reinterpret_cast<uint32_t*>(out.tau + ch * C * C);
+    for (int i = tid; i < C * C / 2; i += 128) {
+        const float* x = sh.m + i / 32 * LM + i % 32 * 2;
+        tau[i] = pack(x[0], x[1]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- scans
+
+template <int D, int BV, int GATE, bool BACK> struct Stage {
+    bf16 k[C * (D + 8)], q[C * (D + 8)], v[C * (BV + 8)], tau[C * LC], p[C * LC];
+    bf16 ke[GATE == CHANNEL ? C * (D + 8) : 8];
+    float vec[V_ROWS * C], decay[GATE == CHANNEL ? D : 4];
+};
+
+template <int D, int BV, int GATE, bool BACK> struct ScanShared {
+    Stage<D, BV, GATE, BACK> stage[2];
+    bf16 s[D * (BV + 8)], r[C * (BV + 8)], u[C * (BV + 8)], ue[C * (BV + 8)];
+};
+
+// What a chunk's scan step reads. `v` is v in the forward pass, do in the backward pass.
+template <int D, int BV, int GATE, bool BACK>
+__device__ __forceinline__ void load_stage(Stage<D, BV, GATE, BACK>& st, const bf16* q, const bf16* k, const bf16* v, long vrow,
+                                           const Saved& a, const Shape& s, int bh, int chunk) {
+    constexpr int LD = D + 8, LV = BV + 8;
+    const int b = bh / s.heads, start = chunk * C, valid = min(C, s.time - start);
+    const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk;
+    if constexpr (GATE == CHANNEL) {
+        load_rows<D, LD>(st.k, a.kd + ch * C * D, D, C);
+        load_rows<D, LD>(st.ke, a.ke + ch * C * D, D, C);
+        load_rows<D, LD>(st.q, a.qd + ch * C * D, D, C);
+        for (int i = threadIdx.x; i < D / 4; i += blockDim.x) copy16(st.decay + i * 4, a.decay + ch * D + i * 4);
+    } else {
+        load_rows<D, LD>(st.k, k + at * s.row, s.row, valid);
+        load_rows<D, LD>(st.q, q + at * s.row, s.row, valid);
+    }
+    load_rows<BV, LV>(st.v, v + at * vrow, vrow, valid);
+    load_rows<C, LC>(st.tau, a.tau + ch * C * C, C, C);
+    load_rows<C, LC>(st.p, a.p + ch * C * C, C, C);
+    for (int i = threadIdx.x; i < V_ROWS * C / 4; i += blockDim.x)
+        copy16(st.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
+    copy_commit();
+}
+
+// Factors of one row: of scale q e^G, k e^G and k e^{G_C - G} over the stored q and k.
+struct RowScales {
+    float q, kd, ke, beta;
+};
+
+template <int GATE> __device__ __forceinline__ RowScales row_scales(const float* vec, int i, float scale) {
+    RowScales r{1, 1, 1, vec[V_BETA * C + i]};
+    if (GATE == CHANNEL) return r;
+    const float rq = vec[V_RQ * C + i], rk = vec[V_RK * C + i];
+    r.q = scale * rq, r.kd = r.ke = rk;
+    if (GATE == SCALAR) {
+        const float g = vec[i], e = exp2f(g * LOG2E);
+        r.q *= e, r.kd *= e, r.ke *= exp2f((vec[C - 1] - g) * LOG2E);
+    }
+    return r;
+}
+
+template <int D, int BV, int GATE, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32) scan(const bf16* q, const bf16* k, const bf16* v, const float* first, bf16* o,
+                                                   float* last, Saved a, Shape s, int keep) {
+    extern __shared__ __align__(16) unsigned char raw[];
+    auto& sh = *reinterpret_cast<ScanShared<D, BV, GATE, false>*>(raw);
+    constexpr int LD = D + 8, LV = BV + 8, GROUPS = WARPS / 4, NT = BV / 8 / GROUPS, NS = BV / 8;
+    static_assert(WARPS * 16 == D, "a warp holds 16 rows of the state");
+    const int col = blockIdx.x * BV, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
+    const int hk = h / (s.heads / s.kv_heads);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int m0 = warp % 4 * 16, n0 = warp / 4 * NT * 8, d0 = warp * 16;
+    q += h * D, k += hk * D, v += hk * D + col;
+    load_stage<D, BV, GATE, false>(sh.stage[0], q, k, v, s.row, a, s, bh, 0);
+    if (s.chunks > 1) load_stage<D, BV, GATE, false>(sh.stage[1], q, k, v, s.row, a, s, bh, 1);
+
+    float state[NS][4];
+    clear(state);
+    if (first) {
+        const float* from = first + ((long)bh * D + d0) * D + col;
+#pragma unroll
+        for (int j = 0; j < NS; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) state[j][e] = from[(g + e / 2 * 8) * D + j * 8 + 2 * t + e % 2];
+    }
+    put<NS, LV>(sh.s, state, d0, 0);
+    for (int chunk = 0; chunk < s.chunks; chunk++) {
+        auto& st = sh.stage[chunk % 2];
+        if (chunk + 1 < s.chunks) copy_wait<1>();
+        else copy_wait<0>();
+        __syncthreads();
+        const long ch = (long)bh * s.chunks + chunk;
+        const int valid = min(C, s.time - chunk * C);
+        if (keep) {
+            for (int i = threadIdx.x; i < D * BV / 8; i += WARPS * 32) {
+                const int r = i / (BV / 8), c = i % (BV / 8) * 8;
+                *reinterpret_cast<uint4*>(a.h + (ch * D + r) * D + col + c) =
+                    *reinterpret_cast<const uint4*>(sh.s + r * LV + c);
+            }
+        }
+        float y[NT][4], out[NT][4];
+        clear(y), clear(out);
+#pragma unroll
+        for (int d = 0; d < D; d += 16) {
+            uint32_t fk[4], fq[4], fb[4];
+            frag_a<false, LD>(fk, st.k, m0, d);
+            frag_a<false, LD>(fq, st.q, m0, d);
+#pragma unroll
+            for (int j = 0; j < NT; j += 2) {
+                frag_b<false, LV>(fb, sh.s, d, n0 + j * 8);
+                mma(y[j], fk, fb[0], fb[1]), mma(y[j + 1], fk, fb[2], fb[3]);
+                mma(out[j], fq, fb[0], fb[1]), mma(out[j + 1], fq, fb[2], fb[3]);
+            }
+        }
+        const RowScales lo = row_scales<GATE>(st.vec, m0 + g, s.scale), hi = row_scales<GATE>(st.vec, m0 + g + 8, s.scale);
+        scale_rows(out, lo.q, hi.q);
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            const bf16* at = st.v + (m0 + g) * LV + n0 + j * 8 + 2 * t;
+            const float2 v0 = unpack(*reinterpret_cast<const uint32_t*>(at));
+            const float2 v1 = unpack(*reinterpret_cast<const uint32_t*>(at + 8 * LV));
+            y[j][0] = v0.x - lo.kd * y[j][0], y[j][1] = v0.y - lo.kd * y[j][1];
+            y[j][2] = v1.x - hi.kd * y[j][2], y[j][3] = v1.y - hi.kd * y[j][3];
+        }
+        put<NT, LV>(sh.r, y, m0, n0, lo.beta, hi.beta);
+        __syncthreads();
+        product<NT, false, false, LC, LV>(y, st.tau, sh.r, m0, n0, 0, m0 + 16);
+        if (keep) put_global<NT>(a.y + ch * C * D + col, D, y, m0, n0, C);
+        put<NT, LV>(sh.u, y, m0, n0, lo.beta, hi.beta);
+        if (GATE != CHANNEL) put<NT, LV>(sh.ue, y, m0, n0, lo.beta * lo.ke, hi.beta * hi.ke);
+        __syncthreads();
+        if (GATE == SCALAR) {
+            const float decay = exp2f(st.vec[C - 1] * LOG2E);
+            scale_rows(state, decay, decay);
+        } else if (GATE == CHANNEL) {
+            scale_rows(state, st.decay[d0 + g], st.decay[d0 + g + 8]);
+        }
+        product<NS, true, false, LD, LV>(state, GATE == CHANNEL ? st.ke : st.k, GATE == CHANNEL ? sh.u : sh.ue, d0, 0, 0, C);
+        put<NS, LV>(sh.s, state, d0, 0);
+        product<NT, false, false, LC, LV>(out, st.p, sh.u, m0, n0, 0, m0 + 16);
+        const long at = (long)b * s.time + chunk * C;
+        put_global<NT>(o + (at * s.heads + h) * D + col, (long)s.heads * D, out, m0, n0, valid);
+        __syncthreads();
+        if (chunk + 2 < s.chunks) load_stage<D, BV, GATE, false>(st, q, k, v, s.row, a, s, bh, chunk + 2);
+    }
+    if (last) {
+        float* to = last + ((long)bh * D + d0) * D + col;
+#pragma unroll
+        for (int j = 0; j < NS; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) to[(g + e / 2 * 8) * D + j * 8 + 2 * t + e % 2] = state[j][e];
+    }
+}
+
+template <int D, int BV, int GATE, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32) scan_back(const bf16* q, const bf16* k, const bf16* grad, const float* last,
+                                                        float* first, bf16* dh, bf16* x_out, Saved a, Shape s) {
+    extern __shared__ __align__(16) unsigned char raw[];
+    auto& sh = *reinterpret_cast<ScanShared<D, BV, GATE, true>*>(raw);
+    constexpr int LD = D + 8, LV = BV + 8, GROUPS = WARPS / 4, NT = BV / 8 / GROUPS, NS = BV / 8;
+    const int col = blockIdx.x * BV, bh = blockIdx.y, h = bh % s.heads;
+    const int hk = h / (s.heads / s.kv_heads);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int m0 = warp % 4 * 16, n0 = warp / 4 * NT * 8, d0 = warp * 16, end = s.chunks - 1;
+    const long grow = (long)s.heads * D;
+    q += h * D, k += hk * D, grad += h * D + col;
+    load_stage<D, BV, GATE, true>(sh.stage[0], q, k, grad, grow, a, s, bh, end);
+    if (end > 0) load_stage<D, BV, GATE, true>(sh.stage[1], q, k, grad, grow, a, s, bh, end - 1);
+
+    float state[NS][4];
+    clear(state);
+    if (last) {
+        const float* from = last + ((long)bh * D + d0) * D + col;
+#pragma unroll
+        for (int j = 0; j < NS; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) state[j][e] = from[(g + e / 2 * 8) * D + j * 8 + 2 * t + e % 2];
+    }
+    put<NS, LV>(sh.s, state, d0, 0);
+    for (int step = 0; step <= end; step++) {
+        const int chunk = end - step;
+        auto& st = sh.stage[step % 2];
+        if (step < end) copy_wait<1>();
+        else copy_wait<0>();
+        __syncthreads();
+        const long ch = (long)bh * s.chunks + chunk;
+        for (int i = threadIdx.x; i < D * BV / 8; i += WARPS * 32) {
+            const int r = i / (BV / 8), c = i % (BV / 8) * 8;
+            *reinterpret_cast<uint4*>(dh + (ch * D + r) * D + col + c) = *reinterpret_cast<const uint4*>(sh.s + r * LV + c);
+        }
+        float x[NT][4];
+        clear(x);
+        product<NT, false, false, LD, LV>(x, GATE == CHANNEL ? st.ke : st.k, sh.s, m0, n0, 0, D);
+        const RowScales lo = row_scales<GATE>(st.vec, m0 + g, s.scale), hi = row_scales<GATE>(st.vec, m0 + g + 8, s.scale);
+        scale_rows(x, lo.ke, hi.ke);
+        product<NT, true, false, LC, LV>(x, st.p, st.v, m0, n0, m0, C);
+        put<NT, LV>(sh.r, x, m0, n0, lo.beta, hi.beta);
+        if (GATE != CHANNEL) {
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                const int at = (m0 + g) * LV + n0 + j * 8 + 2 * t;
+                const float2 v0 = unpack(*reinterpret_cast<const uint32_t*>(st.v + at));
+                const float2 v1 = unpack(*reinterpret_cast<const uint32_t*>(st.v + at + 8 * LV));
+                *reinterpret_cast<uint32_t*>(sh.u + at) = pack(v0.x * lo.q, v0.y * lo.q);
+                *reinterpret_cast<uint32_t*>(sh.u + at + 8 * LV) = pack(v1.x * hi.q, v1.y * hi.q);
+            }
+        }
+        __syncthreads();
+        product<NT, true, false, LC, LV>(x, st.tau, sh.r, m0, n0, m0, C);
+        put_global<NT>(x_out + ch * C * D + col, D, x, m0, n0, C);
+        put<NT, LV>(sh.ue, x, m0, n0, -lo.beta * lo.kd, -hi.beta * hi.kd);
+        __syncthreads();
+        if (GATE == SCALAR) {
+            const float decay = exp2f(st.vec[C - 1] * LOG2E);
+            scale_rows(state, decay, decay);
+        } else if (GATE == CHANNEL) {
+            scale_rows(state, st.decay[d0 + g], st.decay[d0 + g + 8]);
+        }
+        product<NS, true, false, LD, LV>(state, st.q, GATE == CHANNEL ? st.v : sh.u, d0, 0, 0, C);
+        product<NS, true, false, LD, LV>(state, st.k, sh.ue, d0, 0, 0, C);
+        put<NS, LV>(sh.s, state, d0, 0);
+        __syncthreads();
+        if (chunk >= 2) load_stage<D, BV, GATE, true>(st, q, k, grad, grow, a, s, bh, chunk - 2);
+    }
+    if (first) {
+        float* to = first + ((long)bh * D + d0) * D + col;
+#pragma unroll
+        for (int j = 0; j < NS; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) to[(g + e / 2 * 8) * D + j * 8 + 2 * t + e % 2] = state[j][e];
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- local_back
+
+struct Grads {
+    bf16 *q, *k, *v, *g;  // g only for KDA
+    float *beta, *gate;   // gate only for scalar decay
+};
+
+template <int D> struct LocalShared {
+    bf16 q[C * (D + 8)], k[C * (D + 8)], grad[C * (D + 8)], x[C * (D + 8)], y[C * (D + 8)];
+    bf16 h[D * (D + 8)], dh[D * (D + 8)];
+    bf16 dp[C * LC], dm[C * LC];
+    float vec[V_ROWS * C], dots[4][4][C], sums[32], beta[C];
+};
+
+// Sums of acc ⊙ tile over this warp's columns, one per row, to `out` [C].
+template <int NT, int LD>
+__device__ __forceinline__ void row_dots(float* out, const float (&acc)[NT][4], const bf16* tile, int m, int n) {
+    const int l = threadIdx.x % WARP, g = l / 4, t = l % 4;
+    float lo = 0, hi = 0;
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        const bf16* at = tile + (m + g) * LD + n + j * 8 + 2 * t;
+        const float2 a = unpack(*reinterpret_cast<const uint32_t*>(at));
+        const float2 b = unpack(*reinterpret_cast<const uint32_t*>(at + 8 * LD));
+        lo += acc[j][0] * a.x + acc[j][1] * a.y;
+        hi += acc[j][2] * b.x + acc[j][3] * b.y;
+    }
+    lo = warp_sum<4>(lo), hi = warp_sum<4>(hi);
+    if (t == 0) out[m + g] = lo, out[m + g + 8] = hi;
+}
+
+// tile = acc - c tile, rows m + g and m + g + 8.
+template <int NT, int LD>
+__device__ __forceinline__ void put_projected(bf16* tile, const float (&acc)[NT][4], int m, int n, float lo, float hi) {
+    const int l = threadIdx.x % WARP, g = l / 4, t = l % 4;
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        uint32_t* at = reinterpret_cast<uint32_t*>(tile + (m + g) * LD + n + j * 8 + 2 * t);
+        uint32_t* bt = reinterpret_cast<uint32_t*>(tile + (m + g + 8) * LD + n + j * 8 + 2 * t);
+        const float2 a = unpack(*at), b = unpack(*bt);
+        *at = pack(acc[j][0] - lo * a.x, acc[j][1] - lo * a.y);
+        *bt = pack(acc[j][2] - hi * b.x, acc[j][3] - hi * b.y);
+    }
+}
+
+template <int D, int GATE>
+__global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, const bf16* grad, const bf16* x, const bf16* dh,
+                                                  Saved a, Grads to, Shape s) {
+    extern __shared__ __align__(16) unsigned char raw[];
+    auto& sh = *reinterpret_cast<LocalShared<D>*>(raw);
+    constexpr int LD = D + 8, NT = D / 32;
+    const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
+    const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
+    const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
+    const int m0 = warp % 4 * 16, group = warp / 4, n0 = group * NT * 8;
+    const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk, own = (at * s.heads + h) * D;
+    load_rows<D, LD>(sh.grad, grad + own, (long)s.heads * D, valid);
+    load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
+    load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
+    for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
+    copy_commit();
+    load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
+    load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
+    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    copy_commit();
+    copy_wait<1>();
+    __syncthreads();
+
+    const float *sum = sh.vec, *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C, *beta = sh.vec + V_BETA * C;
+    const int i0 = m0 + g, i1 = i0 + 8;
+    {   // dP and dM with everything that makes them multiply the stored q and k
+        float dp[2][4], dm[2][4];
+        clear(dp), clear(dm);
+        const int c0 = group * 16;
+        if (c0 <= m0) {
+#pragma unroll
+            for (int d = 0; d < D; d += 16) {
+                uint32_t fg[4], fx[4], fb[4];
+                frag_a<false, LD>(fg, sh.grad, m0, d);
+                frag_a<false, LD>(fx, sh.x, m0, d);
+                frag_b<true, LD>(fb, sh.y, d, c0);
+                mma(dp[0], fg, fb[0], fb[1]), mma(dp[1], fg, fb[2], fb[3]);
+                mma(dm[0], fx, fb[0], fb[1]), mma(dm[1], fx, fb[2], fb[3]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int i = m0 + g + e / 2 * 8, c = c0 + j * 8 + 2 * t + e % 2;
+                if (i == c) sh.beta[i] = dm[j][e];
+                const float f = (GATE == SCALAR ? exp2f(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * beta[c] * rk[c];
+                dp[j][e] = c <= i ? dp[j][e] * f * rq[i] * s.scale : 0.0f;
+                dm[j][e] = c < i ? -dm[j][e] * f * rk[i] * beta[i] : 0.0f;
+            }
+        put<2, LC>(sh.dp, dp, m0, c0);
+        put<2, LC>(sh.dm, dm, m0, c0);
+    }
+    // dv = β X
+    for (int i = tid; i < C * D / 8; i += 512) {
+        const int r = i / (D / 8), c = i % (D / 8) * 8;
+        if (r < valid) {
+            uint4 w = *reinterpret_cast<const uint4*>(sh.x + r * LD + c);
+            uint32_t* e = reinterpret_cast<uint32_t*>(&w);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 f = unpack(e[j]);
+                e[j] = pack(f.x * beta[r], f.y * beta[r]);
+            }
+            *reinterpret_cast<uint4*>(to.v + (at + r) * s.drow + h * D + c) = w;
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();
+
+    float aq[NT][4], row[NT][4], col[NT][4];
+    clear(aq), clear(row), clear(col);
+#pragma unroll 2
+    for (int d = 0; d < D; d += 16) {
+        uint32_t fg[4], fx[4], fy[4], fb[4];
+        frag_a<false, LD>(fg, sh.grad, m0, d);
+        frag_a<false, LD>(fx, sh.x, m0, d);
+        frag_a<false, LD>(fy, sh.y, m0, d);
+#pragma unroll
+        for (int j = 0; j < NT; j += 2) {
+            frag_b<true, LD>(fb, sh.h, d, n0 + j * 8);
+            mma(aq[j], fg, fb[0], fb[1]), mma(aq[j + 1], fg, fb[2], fb[3]);
+            mma(row[j], fx, fb[0], fb[1]), mma(row[j + 1], fx, fb[2], fb[3]);
+            frag_b<true, LD>(fb, sh.dh, d, n0 + j * 8);
+            mma(col[j], fy, fb[0], fb[1]), mma(col[j + 1], fy, fb[2], fb[3]);
+        }
+    }
+    {
+        const RowScales lo = row_scales<GATE>(sh.vec, i0, s.scale), hi = row_scales<GATE>(sh.vec, i1, s.scale);
+        scale_rows(aq, lo.q, hi.q);
+        scale_rows(row, -lo.kd * lo.beta, -hi.kd * hi.beta);
+        scale_rows(col, lo.ke * lo.beta, hi.ke * hi.beta);
+    }
+    if (GATE == SCALAR) {
+        row_dots<NT, LD>(sh.dots[3][group], col, sh.k, m0, n0);
+        float dot = 0;  // of the two states: the gradient of e^{G_C}
+        for (int i = tid; i < D * D / 2; i += 512) {
+            const int r = i / (D / 2), c = i % (D / 2) * 2;
+            const float2 p = unpack(*reinterpret_cast<const uint32_t*>(sh.h + r * LD + c));
+            const float2 w = unpack(*reinterpret_cast<const uint32_t*>(sh.dh + r * LD + c));
+            dot += p.x * w.x + p.y * w.y;
+        }
+        dot = warp_sum(dot);
+        if (lane == 0) sh.sums[warp] = dot;
+    }
+    product<NT, false, false, LC, LD>(aq, sh.dp, sh.k, m0, n0, 0, m0 + 16);
+    product<NT, false, false, LC, LD>(row, sh.dm, sh.k, m0, n0, 0, m0 + 16);
+    product<NT, true, false, LC, LD>(col, sh.dm, sh.k, m0, n0, m0, C);
+    product<NT, true, false, LC, LD>(col, sh.dp, sh.q, m0, n0, m0, C);
+    row_dots<NT, LD>(sh.dots[0][group], aq, sh.q, m0, n0);
+    row_dots<NT, LD>(sh.dots[1][group], row, sh.k, m0, n0);
+    row_dots<NT, LD>(sh.dots[2][group], col, sh.k, m0, n0);
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) row[j][e] += col[j][e];
+    __syncthreads();
+
+    const auto dot = [&](int which, int i) {
+        return sh.dots[which][0][i] + sh.dots[which][1][i] + sh.dots[which][2][i] + sh.dots[which][3][i];
+    };
+    const float on = s.normalize ? 1.0f : 0.0f;
+    put_projected<NT, LD>(sh.q, aq, m0, n0, on * rq[i0] * rq[i0] * dot(0, i0), on * rq[i1] * rq[i1] * dot(0, i1));
+    put_projected<NT, LD>(sh.k, row, m0, n0, on * rk[i0] * rk[i0] * (dot(1, i0) + dot(2, i0)),
+                          on * rk[i1] * rk[i1] * (dot(1, i1) + dot(2, i1)));
+    if (warp == 0) {
+        const int r0 = 2 * lane, r1 = r0 + 1;
+        const long i = (at + r0) * s.heads + h;
+        if (r0 < valid) to.beta[i] = sh.beta[r0];
+        if (r1 < valid) to.beta[i + s.heads] = sh.beta[r1];
+        if (GATE == SCALAR) {
+            const float decay = exp2f(sum[C - 1] * LOG2E);
+            const float total = warp_sum(dot(3, r0) + dot(3, r1)) + decay * warp_sum(lane < 16 ? sh.sums[lane] : 0.0f);
+            const float d0 = dot(0, r0) + dot(1, r0) - dot(2, r0);
+            const float d1 = dot(0, r1) + dot(1, r1) - dot(2, r1);
+            float back = d0 + d1;  // sums over this row and all later ones
+#pragma unroll
+            for (int d = 1; d < WARP; d *= 2) {
+                const float down = __shfl_down_sync(0xffffffffu, back, d);
+                if (lane + d < WARP) back += down;
+            }
+            if (r0 < valid) to.gate[i] = back + total;
+            if (r1 < valid) to.gate[i + s.heads] = back - d0 + total;
+        }
+    }
+    __syncthreads();
+    store_rows<D, LD>(to.q + at * s.drow + h * D, sh.q, s.drow, valid);
+    store_rows<D, LD>(to.k + at * s.drow + h * D, sh.k, s.drow, valid);
+}
+// KDA-HERE
+// ---------------------------------------------------------------------------------------------------------- launches
+
+size_t align(size_t n) { return (n + 255) / 256 * 256; }
+
+// Places the buffers of `Saved`; returns the bytes they take.
+size_t place(Saved& a, void* at, int batch, int time, int heads, int dim, int gate, int keep) {
+    const size_t n = (size_t)batch * heads * ((time + C - 1) / C);
+    char* p = static_cast<char*>(at);
+    size_t used = 0;
+    auto take = [&](auto*& field, size_t count) {
+        using T = std::remove_reference_t<decltype(*field)>;
+        field = reinterpret_cast<T*>(p + used);
+        used += align(count * sizeof(T));
+    };
+    take(a.vec, n * V_ROWS * C);
+    take(a.tau, n * C * C);
+    take(a.p, n * C * C);
+    if (gate == CHANNEL) {
+        take(a.qd, n * C * dim);
+        take(a.kd, n * C * dim);
+        take(a.ke, n * C * dim);
+        take(a.decay, n * dim);
+    }
+    if (keep) {
+        take(a.y, n * C * dim);
+        take(a.h, n * dim * dim);
+    }
+    return used;
+}
+
+// Raises the limit of dynamic shared memory and launches.
+template <typename... P, typename... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, A... args) {
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (e != cudaSuccess) return e;
+    kernel<<<grid, threads, shared, stream>>>(args...);
+    return cudaGetLastError();
+}
+
+#define TRY(x)                                  \
+    do {                                        \
+        const cudaError_t e_ = (x);             \
+        if (e_ != cudaSuccess) return e_;       \
+    } while (0)
+
+template <int D, int BV, int GATE>
+cudaError_t run_scan(const bf16* q, const bf16* k, const bf16* v, const float* first, bf16* o, float* last, Saved a, Shape s,
+                     int keep, cudaStream_t stream) {
+    return launch(scan<D, BV, GATE, D / 16>, dim3(D / BV, s.batch * s.heads), D * 2, sizeof(ScanShared<D, BV, GATE, false>),
+                  stream, q, k, v, first, o, last, a, s, keep);
+}
+
+template <int D, int BV, int GATE>
+cudaError_t run_scan_back(const bf16* q, const bf16* k, const bf16* grad, const float* last, float* first, bf16* dh, bf16* x,
+                          Saved a, Shape s, cudaStream_t stream) {
+    return launch(scan_back<D, BV, GATE, D / 16>, dim3(D / BV, s.batch * s.heads), D * 2,
+                  sizeof(ScanShared<D, BV, GATE, true>), stream, q, k, grad, last, first, dh, x, a, s);
+}
+
+// Narrow blocks of value columns where there are few heads: the scan is as parallel as there are blocks.
+constexpr int FEW = 100;
+
+template <int D, int GATE>
+cudaError_t forward(const bf16* q, const bf16* k, const bf16* v, const bf16* gk, const float* beta, const float* gate,
+                    const float* first, bf16* o, float* last, Saved a, Shape s, int keep, cudaStream_t stream) {
+    const dim3 grid(s.chunks, s.batch * s.heads);
+    if constexpr (GATE == CHANNEL) {
+        TRY(launch(prepare_kda<D>, grid, 256, sizeof(PrepareKda<D>), stream, q, k, gk, beta, a, s));
+    } else {
+        TRY(launch(prepare<D, GATE>, grid, 128, sizeof(PrepareShared<D>), stream, q, k, beta, gate, a, s));
+    }
+    if (D > 32 && s.batch * s.heads < FEW) return run_scan<D, 32, GATE>(q, k, v, first, o, last, a, s, keep, stream);
+    return run_scan<D, 64, GATE>(q, k, v, first, o, last, a, s, keep, stream);
+}
+
+template <int D, int GATE>
+cudaError_t backward(const bf16* q, const bf16* k, const bf16* gk, const bf16* grad, const float* last, float* first, bf16* dh,
+                     bf16* x, Grads to, Saved a, Shape s, cudaStream_t stream) {
+    if (s.batch * s.heads < FEW) TRY((run_scan_back<D, 32, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
+    else TRY((run_scan_back<D, 64, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
+    const dim3 grid(s.chunks, s.batch * s.heads);
+    if constexpr (GATE == CHANNEL)
+        return launch(local_back_kda<D>, grid, 512, sizeof(LocalKda<D>), stream, q, k, gk, grad, x, dh, a, to, s);
+    else
+        return launch(local_back<D, GATE>, grid, 512, sizeof(LocalShared<D>), stream, q, k, grad, x, dh, a, to, s);
+}
+
+bool fits(int batch, int time, int heads, int kv_heads, int dim, int gate) {
+    return batch > 0 && time > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && (dim == 64 || dim == 128) &&
+           gate >= NONE && gate <= CHANNEL && (long)batch * heads < 65536;
+}
+
+}  // namespace delta
+}  // namespace margay
+
+#define MARGAY_DELTA_CASES(CALL)                                 \
+    switch (dim * 4 + gate) {                                    \
+        case 64 * 4 + 0: return CALL(64, 0);                     \
+        case 64 * 4 + 1: return CALL(64, 1);                     \
+        case 64 * 4 + 2: return CALL(64, 2);                     \
+        case 128 * 4 + 0: return CALL(128, 0);                   \
+        case 128 * 4 + 1: return CALL(128, 1);                   \
+        case 128 * 4 + 2: return CALL(128, 2);                   \
+    }                                                            \
+    return cudaErrorInvalidValue;
+
+// Bytes that pass from the forward to the backward pass; without `keep`, bytes the forward pass works in.
+extern "C" size_t margay_delta_rule_saved(int batch, int time, int heads, int dim, int gate, int keep) {
+    margay::delta::Saved a;
+    return margay::delta::place(a, nullptr, batch, time, heads, dim, gate, keep);
+}
+
+// Bytes the backward pass works in.
+extern "C" size_t margay_delta_rule_scratch(int batch, int time, int heads, int dim) {
+    using namespace margay::delta;
+    const size_t n = (size_t)batch * heads * ((time + C - 1) / C) * dim * sizeof(margay::bf16);
+    return align(n * dim) + align(n * C);
+}
+
+// gate: 0 none, 1 scalar (`gate_head`, f32 [B, T, H]), 2 per channel (`gate_key`, bf16 like q). `first`, `last` may be null.
+extern "C" int margay_delta_rule_fwd(const void* q, const void* k, const void* v, const void* gate_key, const float* beta,
+                                     const float* gate_head, const float* first, void* o, float* last, void* saved, int keep,
+                                     int batch, int time, int heads, int kv_heads, int dim, long row, int gate, float scale,
+                                     int normalize, void* stream) {
+    using namespace margay;
+    using namespace margay::delta;
+    if (!fits(batch, time, heads, kv_heads, dim, gate)) return cudaErrorInvalidValue;
+    Saved a{};
+    place(a, saved, batch, time, heads, dim, gate, keep);
+    const Shape s{batch, time, heads, kv_heads, (time + C - 1) / C, row, 0, scale, normalize};
+#define CALL(D, G)                                                                                                         \
+    forward<D, G>((const bf16*)q, (const bf16*)k, (const bf16*)v, (const bf16*)gate_key, beta, gate_head, first, (bf16*)o, \
+                  last, a, s, keep, (cudaStream_t)stream)
+    MARGAY_DELTA_CASES(CALL)
+#undef CALL
+}
+
+// Gradients; `saved` from the forward pass with `keep`. dk and dv are per query head; `dlast`, `dfirst` may be null.
+extern "C" int margay_delta_rule_bwd(const void* q, const void* k, const void* gate_key, const void* grad, const float* dlast,
+                                     const void* saved, void* scratch, void* dq, void* dk, void* dv, void* dgate_key,
+                                     float* dbeta, float* dgate_head, float* dfirst, int batch, int time, int heads,
+                                     int kv_heads, int dim, long row, long drow, int gate, float scale, int normalize,
+                                     void* stream) {
+    using namespace margay;
+    using namespace margay::delta;
+    if (!fits(batch, time, heads, kv_heads, dim, gate)) return cudaErrorInvalidValue;
+    Saved a{};
+    place(a, const_cast<void*>(saved), batch, time, heads, dim, gate, 1);
+    const Shape s{batch, time, heads, kv_heads, (time + C - 1) / C, row, drow, scale, normalize};
+    bf16* dh = (bf16*)scratch;
+    const size_t states = (size_t)batch * heads * s.chunks * dim * dim * sizeof(bf16);
+    bf16* x = (bf16*)((char*)scratch + align(states));
+    const Grads to{(bf16*)dq, (bf16*)dk, (bf16*)dv, (bf16*)dgate_key, dbeta, dgate_head};
+#define CALL(D, G)                                                                                                     \
+    backward<D, G>((const bf16*)q, (const bf16*)k, (const bf16*)gate_key, (const bf16*)grad, dlast, dfirst, dh, x, to, \
+                   a, s, (cudaStream_t)stream)
+    MARGAY_DELTA_CASES(CALL)
+#undef CALL
+}
