@@ -758,7 +758,493 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
     store_rows<D, LD>(to.q + at * s.drow + h * D, sh.q, s.drow, valid);
     store_rows<D, LD>(to.k + at * s.drow + h * D, sh.k, s.drow, valid);
 }
-// KDA-HERE
+
+// ---------------------------------------------------------------------------------------------------------- KDA
+
+constexpr int BLOCK = 16;                    // rows inside which exponents are taken pair by pair
+constexpr int TRIANGLE = BLOCK * (1 + 2 + 3);  // rows of the scaled tiles of all off-diagonal blocks
+
+// First row of the tile of `rows before block a` (a = 1, 2, 3).
+__device__ __forceinline__ int before(int a) { return BLOCK * (a * (a - 1) / 2); }
+// First row of the tile of `rows after block b` (b = 0, 1, 2).
+__device__ __forceinline__ int after(int b) { return b == 0 ? 0 : b == 1 ? 48 : 80; }
+
+// Inclusive sums along time of a bf16 tile of log decays into `sum` [C][D + 4], in units of log 2.
+template <int D, int THREADS> __device__ __forceinline__ void sum_gates(float* sum, const bf16* gate) {
+    constexpr int PARTS = THREADS / D, ROWS = C / PARTS, LG = D + 4;
+    const int d = threadIdx.x % D, part = threadIdx.x / D;
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        total += to_float(gate[(part * ROWS + i) * (D + 8) + d]) * LOG2E;
+        sum[(part * ROWS + i) * LG + d] = total;
+    }
+    __syncthreads();
+    float offset = 0;
+    for (int p = 0; p < part; p++) offset += sum[(p * ROWS + ROWS - 1) * LG + d];
+    __syncthreads();
+    if (part > 0)
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) sum[(part * ROWS + i) * LG + d] += offset;
+    __syncthreads();
+}
+
+// Two bf16 values of a tile times e^{sign (sum - at)}.
+template <int SIGN> __device__ __forceinline__ uint32_t scaled(uint32_t pair, const float* sum, const float* at) {
+    const float2 x = unpack(pair);
+    return pack(x.x * exp2f(SIGN * (sum[0] - at[0])), x.y * exp2f(SIGN * (sum[1] - at[1])));
+}
+
+template <int D> struct PrepareKda {
+    bf16 q[C * (D + 8)], k[C * (D + 8)];
+    float sum[C * (D + 4)], vec[V_ROWS * C];
+    union {
+        bf16 gate[C * (D + 8)];
+        bf16 b[TRIANGLE * (D + 8)];
+        struct {
+            float m[C * LM], tmp[32 * 36];
+            bf16 p[C * LC];
+        };
+    };
+};
+
+template <int D>
+__global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k, const bf16* gate, const float* beta, Saved out,
+                                                   Shape s) {
+    extern __shared__ __align__(16) unsigned char raw[];
+    auto& sh = *reinterpret_cast<PrepareKda<D>*>(raw);
+    constexpr int LD = D + 8, LG = D + 4, PER = D / WARP;
+    const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
+    const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
+    const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
+    const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk;
+    load_rows<D, LD>(sh.gate, gate + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    copy_commit();
+    if (tid < C) {
+        sh.vec[V_BETA * C + tid] = tid < valid ? beta[(at + tid) * s.heads + h] : 0.0f;
+        sh.vec[V_G * C + tid] = 0.0f;
+    }
+    copy_wait<0>();
+    __syncthreads();
+    row_norms<D, LD>(sh.vec + V_RQ * C, sh.q, s.normalize);
+    row_norms<D, LD>(sh.vec + V_RK * C, sh.k, s.normalize);
+    sum_gates<D, 256>(sh.sum, sh.gate);
+    const float *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C;
+    for (int i = tid; i < V_ROWS * C; i += 256) out.vec[ch * V_ROWS * C + i] = sh.vec[i];
+    for (int i = tid; i < D; i += 256) out.decay[ch * D + i] = exp2f(sh.sum[(C - 1) * LG + i]);
+
+    // What the scans multiply with.
+    for (int i = tid; i < C * D / 8; i += 256) {
+        const int r = i / (D / 8), c = i % (D / 8) * 8;
+        const float fq = rq[r] * s.scale, fk = rk[r];
+        uint32_t wq[4], wd[4], we[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 xq = unpack(*reinterpret_cast<const uint32_t*>(sh.q + r * LD + c + 2 * j));
+            const float2 xk = unpack(*reinterpret_cast<const uint32_t*>(sh.k + r * LD + c + 2 * j));
+            const float s0 = sh.sum[r * LG + c + 2 * j], s1 = sh.sum[r * LG + c + 2 * j + 1];
+            const float e0 = exp2f(s0), e1 = exp2f(s1);
+            wq[j] = pack(xq.x * fq * e0, xq.y * fq * e1);
+            wd[j] = pack(xk.x * fk * e0, xk.y * fk * e1);
+            we[j] = pack(xk.x * fk * exp2f(sh.sum[(C - 1) * LG + c + 2 * j] - s0),
+                         xk.y * fk * exp2f(sh.sum[(C - 1) * LG + c + 2 * j + 1] - s1));
+        }
+        const long to = ch * C * D + r * D + c;
+        *reinterpret_cast<uint4*>(out.qd + to) = *reinterpret_cast<uint4*>(wq);
+        *reinterpret_cast<uint4*>(out.kd + to) = *reinterpret_cast<uint4*>(wd);
+        *reinterpret_cast<uint4*>(out.ke + to) = *reinterpret_cast<uint4*>(we);
+    }
+    // Off-diagonal blocks: k_j e^{r - G_j} for the rows before each block, r the sum at its last row.
+    for (int i = tid; i < TRIANGLE * D / 2; i += 256) {
+        const int r = i / (D / 2), c = i % (D / 2) * 2, a = r < before(2) ? 1 : r < before(3) ? 2 : 3, j = r - before(a);
+        *reinterpret_cast<uint32_t*>(sh.b + r * LD + c) =
+            scaled<-1>(*reinterpret_cast<const uint32_t*>(sh.k + j * LD + c), sh.sum + j * LG + c,
+                       sh.sum + (a * BLOCK - 1) * LG + c);
+    }
+    __syncthreads();
+    const int a = warp / 2, half = warp % 2;  // two warps a block row, taking its pairs of column tiles in turn
+    float kk[4][4], qk[4][4];                 // at most two pairs of column tiles each
+    clear(kk), clear(qk);
+    if (a > 0) {
+        const float* r = sh.sum + (a * BLOCK - 1) * LG;
+#pragma unroll 2
+        for (int d = 0; d < D; d += 16) {
+            uint32_t fk[4], fq[4], fb[4];
+            frag_a<false, LD>(fk, sh.k, a * BLOCK, d);
+            frag_a<false, LD>(fq, sh.q, a * BLOCK, d);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int row = a * BLOCK + g + e % 2 * 8, c = d + 2 * t + e / 2 * 8;
+                const float e0 = exp2f(sh.sum[row * LG + c] - r[c]), e1 = exp2f(sh.sum[row * LG + c + 1] - r[c + 1]);
+                const float2 xk = unpack(fk[e]), xq = unpack(fq[e]);
+                fk[e] = pack(xk.x * e0, xk.y * e1);
+                fq[e] = pack(xq.x * e0, xq.y * e1);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int n = (half + 2 * j) * 16;
+                if (n >= a * BLOCK) continue;
+                frag_b<true, LD>(fb, sh.b + before(a) * LD, d, n);
+                mma(kk[2 * j], fk, fb[0], fb[1]), mma(kk[2 * j + 1], fk, fb[2], fb[3]);
+                mma(qk[2 * j], fq, fb[0], fb[1]), mma(qk[2 * j + 1], fq, fb[2], fb[3]);
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = tid; i < C * LM; i += 256) sh.m[i] = 0.0f;
+    for (int i = tid; i < C * LC / 2; i += 256) reinterpret_cast<uint32_t*>(sh.p)[i] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int n = (half + j / 2 * 2) * 16 + j % 2 * 8 + 2 * t;
+        if (n >= a * BLOCK) continue;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int i = a * BLOCK + g + e / 2 * 8, c = n + e % 2;
+            sh.m[i * LM + c] = kk[j][e] * rk[i] * rk[c];
+            sh.p[i * LC + c] = from_float<bf16>(qk[j][e] * rq[i] * rk[c] * s.scale);
+        }
+    }
+    // Diagonal blocks: lanes hold channels, each lane ends with one sum: k_i k_j in lane j, q_i k_j in lane 16 + j.
+    for (int i = half; i < BLOCK; i += 2) {
+        const int row = a * BLOCK + i;
+        float ki[PER], qi[PER], gi[PER], v[32];
+#pragma unroll
+        for (int e = 0; e < PER; e++) {
+            ki[e] = to_float(sh.k[row * LD + lane * PER + e]);
+            qi[e] = to_float(sh.q[row * LD + lane * PER + e]);
+            gi[e] = sh.sum[row * LG + lane * PER + e];
+        }
+#pragma unroll
+        for (int j = 0; j < BLOCK; j++) {
+            v[j] = v[j + 16] = 0.0f;
+            if (j > i) continue;
+            const int other = a * BLOCK + j;
+#pragma unroll
+            for (int e = 0; e < PER; e += 2) {
+                const float2 x = unpack(*reinterpret_cast<const uint32_t*>(sh.k + other * LD + lane * PER + e));
+                const float2 so = *reinterpret_cast<const float2*>(sh.sum + other * LG + lane * PER + e);
+                const float x0 = x.x * exp2f(gi[e] - so.x), x1 = x.y * exp2f(gi[e + 1] - so.y);
+                v[j] += ki[e] * x0 + ki[e + 1] * x1;
+                v[j + 16] += qi[e] * x0 + qi[e + 1] * x1;
+            }
+        }
+#pragma unroll
+        for (int halving = 0; halving < 5; halving++) {
+            const int w = 16 >> halving;
+            const bool up = lane & w;
+#pragma unroll
+            for (int e = 0; e < 16; e++) {
+                if (e >= w) continue;
+                const float send = up ? v[e] : v[e + w];
+                v[e] = (up ? v[e + w] : v[e]) + __shfl_xor_sync(0xffffffffu, send, w);
+            }
+        }
+        const int j = lane % 16, c = a * BLOCK + j;
+        if (lane < 16) {
+            if (j < i) sh.m[row * LM + c] = v[0] * rk[row] * rk[c];
+        } else if (j <= i) {
+            sh.p[row * LC + c] = from_float<bf16>(v[0] * rq[row] * rk[c] * s.scale);
+        }
+    }
+    __syncthreads();
+    store_rows<C, LC>(out.p + ch * C * C, sh.p, C, C);
+    solve(sh.m, sh.vec + V_BETA * C, sh.tmp);
+    uint32_t* tau = reinterpret_cast<uint32_t*>(out.tau + ch * C * C);
+    for (int i = tid; i < C * C / 2; i += 256) {
+        const float* x = sh.m + i / 32 * LM + i % 32 * 2;
+        tau[i] = pack(x[0], x[1]);
+    }
+}
+
+template <int D> struct LocalKda {
+    bf16 q[C * (D + 8)], k[C * (D + 8)];
+    union {
+        struct {
+            bf16 grad[C * (D + 8)], x[C * (D + 8)], y[C * (D + 8)], h[D * (D + 8)], dh[D * (D + 8)];
+        };
+        struct {
+            bf16 kb[TRIANGLE * (D + 8)], qa[TRIANGLE * (D + 8)], ka[TRIANGLE * (D + 8)];
+        };
+        float acc[3][C * (D + 4)];
+    };
+    union {
+        struct {
+            bf16 dp[C * LC], dm[C * LC];
+        };
+        bf16 gate[C * (D + 8)];
+    };
+    float sum[C * (D + 4)], vec[V_ROWS * C], end[4][D], later[4][D], states[D], beta[C];
+};
+
+// acc *= e^{sum - at} per element (or e^{at - sum} where SIGN is -1), `at` one row; plain e^sum without `at`.
+template <int NT, int LG, int SIGN>
+__device__ __forceinline__ void scale_channels(float (&acc)[NT][4], const float* sum, const float* at, int m, int n) {
+    const int l = threadIdx.x % WARP, g = l / 4, t = l % 4;
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int c = n + j * 8 + 2 * t + e % 2;
+            const float x = sum[(m + g + e / 2 * 8) * LG + c] - (at ? at[c] : 0.0f);
+            acc[j][e] *= exp2f(SIGN * x);
+        }
+}
+
+template <int NT> __device__ __forceinline__ void add(float (&acc)[NT][4], const float (&x)[NT][4]) {
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[j][e] += x[j][e];
+}
+
+template <int D>
+__global__ void __launch_bounds__(512) local_back_kda(const bf16* q, const bf16* k, const bf16* gate, const bf16* grad,
+                                                      const bf16* x, const bf16* dh, Saved a, Grads to, Shape s) {
+    extern __shared__ __align__(16) unsigned char raw[];
+    auto& sh = *reinterpret_cast<LocalKda<D>*>(raw);
+    constexpr int LD = D + 8, LG = D + 4, NT = D / 32;
+    const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
+    const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
+    const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
+    const int blk = warp % 4, m0 = blk * 16, group = warp / 4, n0 = group * NT * 8;
+    const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk, own = (at * s.heads + h) * D;
+    load_rows<D, LD>(sh.grad, grad + own, (long)s.heads * D, valid);
+    load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
+    load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
+    load_rows<D, LD>(sh.gate, gate + at * s.row + h * D, s.row, valid);
+    for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
+    copy_commit();
+    load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
+    load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
+    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    copy_commit();
+    copy_wait<1>();
+    __syncthreads();
+    sum_gates<D, 512>(sh.sum, sh.gate);
+
+    const float *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C, *beta = sh.vec + V_BETA * C;
+    const int i0 = m0 + g, i1 = i0 + 8;
+    {
+        float dp[2][4], dm[2][4];
+        clear(dp), clear(dm);
+        const int c0 = group * 16;
+        if (c0 <= m0) {
+#pragma unroll 4
+            for (int d = 0; d < D; d += 16) {
+                uint32_t fg[4], fx[4], fb[4];
+                frag_a<false, LD>(fg, sh.grad, m0, d);
+                frag_a<false, LD>(fx, sh.x, m0, d);
+                frag_b<true, LD>(fb, sh.y, d, c0);
+                mma(dp[0], fg, fb[0], fb[1]), mma(dp[1], fg, fb[2], fb[3]);
+                mma(dm[0], fx, fb[0], fb[1]), mma(dm[1], fx, fb[2], fb[3]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int i = m0 + g + e / 2 * 8, c = c0 + j * 8 + 2 * t + e % 2;
+                if (i == c) sh.beta[i] = dm[j][e];
+                const float f = beta[c] * rk[c];
+                dp[j][e] = c <= i ? dp[j][e] * f * rq[i] * s.scale : 0.0f;
+                dm[j][e] = c < i ? -dm[j][e] * f * rk[i] * beta[i] : 0.0f;
+            }
+        put<2, LC>(sh.dp, dp, m0, c0);
+        put<2, LC>(sh.dm, dm, m0, c0);
+    }
+    for (int i = tid; i < C * D / 8; i += 512) {
+        const int r = i / (D / 8), c = i % (D / 8) * 8;
+        if (r < valid) {
+            uint4 w = *reinterpret_cast<const uint4*>(sh.x + r * LD + c);
+            uint32_t* e = reinterpret_cast<uint32_t*>(&w);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 f = unpack(e[j]);
+                e[j] = pack(f.x * beta[r], f.y * beta[r]);
+            }
+            *reinterpret_cast<uint4*>(to.v + (at + r) * s.drow + h * D + c) = w;
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();
+
+    float aq[NT][4], row[NT][4], col[NT][4];
+    clear(aq), clear(row), clear(col);
+#pragma unroll 2
+    for (int d = 0; d < D; d += 16) {
+        uint32_t fg[4], fx[4], fy[4], fb[4];
+        frag_a<false, LD>(fg, sh.grad, m0, d);
+        frag_a<false, LD>(fx, sh.x, m0, d);
+        frag_a<false, LD>(fy, sh.y, m0, d);
+#pragma unroll
+        for (int j = 0; j < NT; j += 2) {
+            frag_b<true, LD>(fb, sh.h, d, n0 + j * 8);
+            mma(aq[j], fg, fb[0], fb[1]), mma(aq[j + 1], fg, fb[2], fb[3]);
+            mma(row[j], fx, fb[0], fb[1]), mma(row[j + 1], fx, fb[2], fb[3]);
+            frag_b<true, LD>(fb, sh.dh, d, n0 + j * 8);
+            mma(col[j], fy, fb[0], fb[1]), mma(col[j + 1], fy, fb[2], fb[3]);
+        }
+    }
+    const float* final_sum = sh.sum + (C - 1) * LG;
+    scale_rows(aq, rq[i0] * s.scale, rq[i1] * s.scale);
+    scale_rows(row, -rk[i0] * beta[i0], -rk[i1] * beta[i1]);
+    scale_rows(col, rk[i0] * beta[i0], rk[i1] * beta[i1]);
+    scale_channels<NT, LG, 1>(aq, sh.sum, nullptr, m0, n0);
+    scale_channels<NT, LG, 1>(row, sh.sum, nullptr, m0, n0);
+    scale_channels<NT, LG, -1>(col, sh.sum, final_sum, m0, n0);
+    // The gradient of the chunk's last sum: of k e^{G_C - G} and of e^{G_C}.
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int c = n0 + j * 8 + 2 * t + e;
+            float x = col[j][e] * to_float(sh.k[i0 * LD + c]) + col[j][e + 2] * to_float(sh.k[i1 * LD + c]);
+            x += __shfl_xor_sync(0xffffffffu, x, 4);
+            x += __shfl_xor_sync(0xffffffffu, x, 8);
+            x += __shfl_xor_sync(0xffffffffu, x, 16);
+            if (g == 0) sh.end[blk][c] = x;
+        }
+    if (tid < 4 * D) {
+        const int d = tid / 4;
+        float dot = 0;
+#pragma unroll 4
+        for (int i = 0; i < D / 8; i++) {
+            const int c = (i * 4 + tid % 4) * 2;
+            const float2 p = unpack(*reinterpret_cast<const uint32_t*>(sh.h + d * LD + c));
+            const float2 w = unpack(*reinterpret_cast<const uint32_t*>(sh.dh + d * LD + c));
+            dot += p.x * w.x + p.y * w.y;
+        }
+        dot = warp_sum<4>(dot);
+        if (tid % 4 == 0) sh.states[d] = dot * exp2f(final_sum[d]);
+    }
+    __syncthreads();
+
+    // Off-diagonal blocks. Before block i: k_j e^{r - G_j}; after block i: q, k e^{G - r'}; r, r' the sums at its edges.
+    for (int i = tid; i < TRIANGLE * D / 2; i += 512) {
+        const int r = i / (D / 2), c = i % (D / 2) * 2, n = r < before(2) ? 1 : r < before(3) ? 2 : 3, j = r - before(n);
+        *reinterpret_cast<uint32_t*>(sh.kb + r * LD + c) =
+            scaled<-1>(*reinterpret_cast<const uint32_t*>(sh.k + j * LD + c), sh.sum + j * LG + c,
+                       sh.sum + (n * BLOCK - 1) * LG + c);
+        const int f = r < after(1) ? 0 : r < after(2) ? 1 : 2, l = r - after(f) + (f + 1) * BLOCK;
+        const float* edge = sh.sum + (f * BLOCK + BLOCK - 1) * LG + c;
+        const float e0 = exp2f(sh.sum[l * LG + c] - edge[0]), e1 = exp2f(sh.sum[l * LG + c + 1] - edge[1]);
+        const float2 xq = unpack(*reinterpret_cast<const uint32_t*>(sh.q + l * LD + c));
+        const float2 xk = unpack(*reinterpret_cast<const uint32_t*>(sh.k + l * LD + c));
+        *reinterpret_cast<uint32_t*>(sh.qa + r * LD + c) = pack(xq.x * e0, xq.y * e1);
+        *reinterpret_cast<uint32_t*>(sh.ka + r * LD + c) = pack(xk.x * e0, xk.y * e1);
+    }
+    __syncthreads();
+    {
+        float part[NT][4];
+        if (blk > 0) {
+            const float* edge = sh.sum + (m0 - 1) * LG;
+            const bf16* tile = sh.kb + before(blk) * LD;
+            clear(part);
+            product<NT, false, false, LC, LD>(part, sh.dp, tile, m0, n0, 0, m0);
+            scale_channels<NT, LG, 1>(part, sh.sum, edge, m0, n0);
+            add(aq, part);
+            clear(part);
+            product<NT, false, false, LC, LD>(part, sh.dm, tile, m0, n0, 0, m0);
+            scale_channels<NT, LG, 1>(part, sh.sum, edge, m0, n0);
+            add(row, part);
+        }
+        if (blk < 3) {
+            const int rows = C - m0 - BLOCK;
+            clear(part);
+            product<NT, true, false, LC, LD>(part, sh.dp, sh.qa + after(blk) * LD, m0, n0, 0, rows, m0 + BLOCK);
+            product<NT, true, false, LC, LD>(part, sh.dm, sh.ka + after(blk) * LD, m0, n0, 0, rows, m0 + BLOCK);
+            scale_channels<NT, LG, -1>(part, sh.sum, sh.sum + (m0 + BLOCK - 1) * LG, m0, n0);
+            add(col, part);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            const int i = (m0 + g + e / 2 * 8) * LG + n0 + j * 8 + 2 * t;
+            *reinterpret_cast<float2*>(sh.acc[0] + i) = make_float2(aq[j][e], aq[j][e + 1]);
+            *reinterpret_cast<float2*>(sh.acc[1] + i) = make_float2(row[j][e], row[j][e + 1]);
+            *reinterpret_cast<float2*>(sh.acc[2] + i) = make_float2(col[j][e], col[j][e + 1]);
+        }
+    __syncthreads();
+
+    // Diagonal blocks: a thread takes one channel of one block.
+    const int d = tid % D, base = tid / D * BLOCK;
+    float back = 0;
+    if (tid < 4 * D) {
+        float kj[BLOCK], sj[BLOCK], cj[BLOCK];
+#pragma unroll
+        for (int j = 0; j < BLOCK; j++) {
+            kj[j] = to_float(sh.k[(base + j) * LD + d]);
+            sj[j] = sh.sum[(base + j) * LG + d];
+            cj[j] = sh.acc[2][(base + j) * LG + d];
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) {
+            const float qi = to_float(sh.q[(base + i) * LD + d]);
+            float xq = 0, xr = 0;
+#pragma unroll
+            for (int j = 0; j <= i; j++) {
+                const float p = to_float(sh.dp[(base + i) * LC + base + j]), m = to_float(sh.dm[(base + i) * LC + base + j]);
+                const float e = j < i ? exp2f(sj[i] - sj[j]) : 1.0f, ke = kj[j] * e;
+                xq += p * ke, xr += m * ke;
+                cj[j] += (p * qi + m * kj[i]) * e;
+            }
+            sh.acc[0][(base + i) * LG + d] += xq;
+            sh.acc[1][(base + i) * LG + d] += xr;
+        }
+#pragma unroll
+        for (int i = BLOCK - 1; i >= 0; i--) {  // sums over this row and the later ones of the block, kept in sj
+            const int n = (base + i) * LG + d;
+            const float r = sh.acc[1][n];
+            back += to_float(sh.q[(base + i) * LD + d]) * sh.acc[0][n] + kj[i] * (r - cj[i]);
+            sh.acc[1][n] = r + cj[i];
+            sj[i] = back;
+        }
+        sh.later[tid / D][d] = back;
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) sh.sum[(base + i) * LG + d] = sj[i];
+    }
+    __syncthreads();
+    if (tid < 4 * D) {
+        float total = sh.states[d] + sh.end[0][d] + sh.end[1][d] + sh.end[2][d] + sh.end[3][d];
+        for (int n = tid / D + 1; n < 4; n++) total += sh.later[n][d];
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++)
+            if (base + i < valid)
+                to.g[(at + base + i) * s.drow + h * D + d] = from_float<bf16>(sh.sum[(base + i) * LG + d] + total);
+    }
+    // Through the norms, a warp per row.
+    for (int i = warp; i < valid; i += 16) {
+        float dq = 0, dk = 0;
+#pragma unroll
+        for (int c = lane * 2; c < D; c += 64) {
+            const float2 xq = unpack(*reinterpret_cast<const uint32_t*>(sh.q + i * LD + c));
+            const float2 xk = unpack(*reinterpret_cast<const uint32_t*>(sh.k + i * LD + c));
+            dq += xq.x * sh.acc[0][i * LG + c] + xq.y * sh.acc[0][i * LG + c + 1];
+            dk += xk.x * sh.acc[1][i * LG + c] + xk.y * sh.acc[1][i * LG + c + 1];
+        }
+        dq = s.normalize ? warp_sum(dq) * rq[i] * rq[i] : 0.0f;
+        dk = s.normalize ? warp_sum(dk) * rk[i] * rk[i] : 0.0f;
+#pragma unroll
+        for (int c = lane * 2; c < D; c += 64) {
+            const float2 xq = unpack(*reinterpret_cast<const uint32_t*>(sh.q + i * LD + c));
+            const float2 xk = unpack(*reinterpret_cast<const uint32_t*>(sh.k + i * LD + c));
+            const long n = (at + i) * s.drow + h * D + c;
+            *reinterpret_cast<uint32_t*>(to.q + n) =
+                pack(sh.acc[0][i * LG + c] - dq * xq.x, sh.acc[0][i * LG + c + 1] - dq * xq.y);
+            *reinterpret_cast<uint32_t*>(to.k + n) =
+                pack(sh.acc[1][i * LG + c] - dk * xk.x, sh.acc[1][i * LG + c + 1] - dk * xk.y);
+        }
+    }
+    if (tid < valid) to.beta[(at + tid) * s.heads + h] = sh.beta[tid];
+}
+
 // ---------------------------------------------------------------------------------------------------------- launches
 
 size_t align(size_t n) { return (n + 255) / 256 * 256; }
