@@ -26,9 +26,11 @@
 // do: k_i e^{G_i - r} against k_j e^{r - G_j}, r the sum at the boundary between them, so that both exponents are
 // negative; inside a block of 16 the exponents are taken pair by pair.
 //
-// Layout: q, k, v (and KDA's g) bf16 [B, T, heads, D] with a common distance `row` of positions, k and v heads shared by
-// H / Hkv query heads; β and the scalar g f32 [B, T, H]; o, do bf16 [B, T, H, D]; states f32 [B, H, D, D]. Gradients of k
+// Layout: q, k, v bf16 [B, T, heads, D] with a common distance `row` of positions, k and v heads shared by H / Hkv query
+// heads; KDA's g bf16 [B, T, H, D]; β and the scalar g f32 [B, T, H]; o, do bf16 [B, T, H, D]; states f32 [B, H, D, D]. Gradients of k
 // and v are per query head. D is 64 or 128. Everything between kernels lies chunk after chunk of each head.
+#include <algorithm>
+
 #include "common.cuh"
 
 namespace margay {
@@ -44,7 +46,7 @@ enum Vec { V_G = 0, V_RQ = 1, V_RK = 2, V_BETA = 3, V_ROWS = 4 };
 
 struct Shape {
     int batch, time, heads, kv_heads, chunks;
-    long row;   // distance of positions of q, k, v, g
+    long row;   // distance of positions of q, k, v
     long drow;  // of their gradients
     float scale;
     int normalize;
@@ -140,7 +142,24 @@ __device__ __forceinline__ void put(bf16* tile, const float (&acc)[NT][4], int m
     }
 }
 
-// The same to global memory where the row is valid.
+// Like `put`, and acc becomes what the tile holds over the row's factor: the rows of Y or X that meet in (I + τ β) must be
+// the same numbers in both terms, or near-equal keys, whose differences are what counts, lose them to rounding.
+template <int NT, int LD>
+__device__ __forceinline__ void put_rounded(bf16* tile, float (&acc)[NT][4], int m, int n, float lo, float hi) {
+    const int l = threadIdx.x % WARP, g = l / 4, t = l % 4;
+    const float over_lo = 1.0f / lo, over_hi = 1.0f / hi;
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        const uint32_t a = pack(acc[j][0] * lo, acc[j][1] * lo), b = pack(acc[j][2] * hi, acc[j][3] * hi);
+        *reinterpret_cast<uint32_t*>(tile + (m + g) * LD + n + j * 8 + 2 * t) = a;
+        *reinterpret_cast<uint32_t*>(tile + (m + g + 8) * LD + n + j * 8 + 2 * t) = b;
+        const float2 x = unpack(a), y = unpack(b);
+        if (lo > 1e-6f) acc[j][0] = x.x * over_lo, acc[j][1] = x.y * over_lo;
+        if (hi > 1e-6f) acc[j][2] = y.x * over_hi, acc[j][3] = y.y * over_hi;
+    }
+}
+
+// acc to global memory where the row is valid.
 template <int NT>
 __device__ __forceinline__ void put_global(bf16* to, long row, const float (&acc)[NT][4], int m, int n, int valid) {
     const int l = threadIdx.x % WARP, g = l / 4, t = l % 4;
@@ -255,8 +274,15 @@ template <int D, int LD> __device__ __forceinline__ void row_norms(float* out, c
 }
 
 template <int D> struct PrepareShared {
-    bf16 q[C * (D + 8)], k[C * (D + 8)];
-    float m[C * LM], tmp[32 * 36], vec[V_ROWS * C];
+    float vec[V_ROWS * C];
+    union {
+        struct {
+            bf16 q[C * (D + 8)], k[C * (D + 8)];
+        };
+        struct {
+            float m[C * LM], tmp[32 * 36];
+        };
+    };
 };
 
 template <int D, int GATE>
@@ -316,6 +342,7 @@ __global__ void __launch_bounds__(128) prepare(const bf16* q, const bf16* k, con
         }
     }
     bf16* p = out.p + ch * C * C;
+    __syncthreads();  // m lies where q and k were
 #pragma unroll
     for (int j = 0; j < 8; j++) {
 #pragma unroll
@@ -345,8 +372,11 @@ template <int D, int BV, int GATE, bool BACK> struct Stage {
     float vec[V_ROWS * C], decay[GATE == CHANNEL ? D : 4];
 };
 
+// One stage of loads where two blocks fit on a multiprocessor and hide each other's waits, two stages else.
+template <int D, int BV, int GATE> constexpr int STAGES = BV == 64 && GATE != CHANNEL ? 1 : 2;
+
 template <int D, int BV, int GATE, bool BACK> struct ScanShared {
-    Stage<D, BV, GATE, BACK> stage[2];
+    Stage<D, BV, GATE, BACK> stage[STAGES<D, BV, GATE>];
     bf16 s[D * (BV + 8)], r[C * (BV + 8)], u[C * (BV + 8)], ue[C * (BV + 8)];
 };
 
@@ -392,11 +422,12 @@ template <int GATE> __device__ __forceinline__ RowScales row_scales(const float*
 }
 
 template <int D, int BV, int GATE, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32) scan(const bf16* q, const bf16* k, const bf16* v, const float* first, bf16* o,
+__global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) scan(const bf16* q, const bf16* k, const bf16* v, const float* first, bf16* o,
                                                    float* last, Saved a, Shape s, int keep) {
     extern __shared__ __align__(16) unsigned char raw[];
     auto& sh = *reinterpret_cast<ScanShared<D, BV, GATE, false>*>(raw);
     constexpr int LD = D + 8, LV = BV + 8, GROUPS = WARPS / 4, NT = BV / 8 / GROUPS, NS = BV / 8;
+    constexpr int N = STAGES<D, BV, GATE>;
     static_assert(WARPS * 16 == D, "a warp holds 16 rows of the state");
     const int col = blockIdx.x * BV, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
     const int hk = h / (s.heads / s.kv_heads);
@@ -404,7 +435,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan(const bf16* q, const bf16* k,
     const int m0 = warp % 4 * 16, n0 = warp / 4 * NT * 8, d0 = warp * 16;
     q += h * D, k += hk * D, v += hk * D + col;
     load_stage<D, BV, GATE, false>(sh.stage[0], q, k, v, s.row, a, s, bh, 0);
-    if (s.chunks > 1) load_stage<D, BV, GATE, false>(sh.stage[1], q, k, v, s.row, a, s, bh, 1);
+    if (N > 1 && s.chunks > 1) load_stage<D, BV, GATE, false>(sh.stage[N - 1], q, k, v, s.row, a, s, bh, 1);
 
     float state[NS][4];
     clear(state);
@@ -417,8 +448,8 @@ __global__ void __launch_bounds__(WARPS * 32) scan(const bf16* q, const bf16* k,
     }
     put<NS, LV>(sh.s, state, d0, 0);
     for (int chunk = 0; chunk < s.chunks; chunk++) {
-        auto& st = sh.stage[chunk % 2];
-        if (chunk + 1 < s.chunks) copy_wait<1>();
+        auto& st = sh.stage[chunk % N];
+        if (N > 1 && chunk + 1 < s.chunks) copy_wait<1>();
         else copy_wait<0>();
         __syncthreads();
         const long ch = (long)bh * s.chunks + chunk;
@@ -454,7 +485,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan(const bf16* q, const bf16* k,
             y[j][0] = v0.x - lo.kd * y[j][0], y[j][1] = v0.y - lo.kd * y[j][1];
             y[j][2] = v1.x - hi.kd * y[j][2], y[j][3] = v1.y - hi.kd * y[j][3];
         }
-        put<NT, LV>(sh.r, y, m0, n0, lo.beta, hi.beta);
+        put_rounded<NT, LV>(sh.r, y, m0, n0, lo.beta, hi.beta);
         __syncthreads();
         product<NT, false, false, LC, LV>(y, st.tau, sh.r, m0, n0, 0, m0 + 16);
         if (keep) put_global<NT>(a.y + ch * C * D + col, D, y, m0, n0, C);
@@ -473,7 +504,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan(const bf16* q, const bf16* k,
         const long at = (long)b * s.time + chunk * C;
         put_global<NT>(o + (at * s.heads + h) * D + col, (long)s.heads * D, out, m0, n0, valid);
         __syncthreads();
-        if (chunk + 2 < s.chunks) load_stage<D, BV, GATE, false>(st, q, k, v, s.row, a, s, bh, chunk + 2);
+        if (chunk + N < s.chunks) load_stage<D, BV, GATE, false>(st, q, k, v, s.row, a, s, bh, chunk + N);
     }
     if (last) {
         float* to = last + ((long)bh * D + d0) * D + col;
@@ -485,11 +516,12 @@ __global__ void __launch_bounds__(WARPS * 32) scan(const bf16* q, const bf16* k,
 }
 
 template <int D, int BV, int GATE, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32) scan_back(const bf16* q, const bf16* k, const bf16* grad, const float* last,
+__global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) scan_back(const bf16* q, const bf16* k, const bf16* grad, const float* last,
                                                         float* first, bf16* dh, bf16* x_out, Saved a, Shape s) {
     extern __shared__ __align__(16) unsigned char raw[];
     auto& sh = *reinterpret_cast<ScanShared<D, BV, GATE, true>*>(raw);
     constexpr int LD = D + 8, LV = BV + 8, GROUPS = WARPS / 4, NT = BV / 8 / GROUPS, NS = BV / 8;
+    constexpr int N = STAGES<D, BV, GATE>;
     const int col = blockIdx.x * BV, bh = blockIdx.y, h = bh % s.heads;
     const int hk = h / (s.heads / s.kv_heads);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
@@ -497,7 +529,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan_back(const bf16* q, const bf1
     const long grow = (long)s.heads * D;
     q += h * D, k += hk * D, grad += h * D + col;
     load_stage<D, BV, GATE, true>(sh.stage[0], q, k, grad, grow, a, s, bh, end);
-    if (end > 0) load_stage<D, BV, GATE, true>(sh.stage[1], q, k, grad, grow, a, s, bh, end - 1);
+    if (N > 1 && end > 0) load_stage<D, BV, GATE, true>(sh.stage[N - 1], q, k, grad, grow, a, s, bh, end - 1);
 
     float state[NS][4];
     clear(state);
@@ -511,8 +543,8 @@ __global__ void __launch_bounds__(WARPS * 32) scan_back(const bf16* q, const bf1
     put<NS, LV>(sh.s, state, d0, 0);
     for (int step = 0; step <= end; step++) {
         const int chunk = end - step;
-        auto& st = sh.stage[step % 2];
-        if (step < end) copy_wait<1>();
+        auto& st = sh.stage[step % N];
+        if (N > 1 && step < end) copy_wait<1>();
         else copy_wait<0>();
         __syncthreads();
         const long ch = (long)bh * s.chunks + chunk;
@@ -526,7 +558,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan_back(const bf16* q, const bf1
         const RowScales lo = row_scales<GATE>(st.vec, m0 + g, s.scale), hi = row_scales<GATE>(st.vec, m0 + g + 8, s.scale);
         scale_rows(x, lo.ke, hi.ke);
         product<NT, true, false, LC, LV>(x, st.p, st.v, m0, n0, m0, C);
-        put<NT, LV>(sh.r, x, m0, n0, lo.beta, hi.beta);
+        put_rounded<NT, LV>(sh.r, x, m0, n0, lo.beta, hi.beta);
         if (GATE != CHANNEL) {
 #pragma unroll
             for (int j = 0; j < NT; j++) {
@@ -552,7 +584,7 @@ __global__ void __launch_bounds__(WARPS * 32) scan_back(const bf16* q, const bf1
         product<NS, true, false, LD, LV>(state, st.k, sh.ue, d0, 0, 0, C);
         put<NS, LV>(sh.s, state, d0, 0);
         __syncthreads();
-        if (chunk >= 2) load_stage<D, BV, GATE, true>(st, q, k, grad, grow, a, s, bh, chunk - 2);
+        if (chunk >= N) load_stage<D, BV, GATE, true>(st, q, k, grad, grow, a, s, bh, chunk - N);
     }
     if (first) {
         float* to = first + ((long)bh * D + d0) * D + col;
@@ -610,26 +642,33 @@ __device__ __forceinline__ void put_projected(bf16* tile, const float (&acc)[NT]
 
 template <int D, int GATE>
 __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, const bf16* grad, const bf16* x, const bf16* dh,
-                                                  Saved a, Grads to, Shape s) {
+                                                  Saved a, Grads to, Shape s, int tiles) {
     extern __shared__ __align__(16) unsigned char raw[];
     auto& sh = *reinterpret_cast<LocalShared<D>*>(raw);
     constexpr int LD = D + 8, NT = D / 32;
-    const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
-    const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
     const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
     const int m0 = warp % 4 * 16, group = warp / 4, n0 = group * NT * 8;
-    const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk, own = (at * s.heads + h) * D;
-    load_rows<D, LD>(sh.grad, grad + own, (long)s.heads * D, valid);
-    load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
-    load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
-    for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
-    copy_commit();
-    load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
-    load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
+    // What is done with early in a chunk is loaded for the next one while the rest of this one is computed.
+    const auto load_early = [&](long ch) {
+        const int bh = ch / s.chunks, chunk = ch % s.chunks, b = bh / s.heads, h = bh % s.heads;
+        const long at = (long)b * s.time + chunk * C;
+        load_rows<D, LD>(sh.grad, grad + (at * s.heads + h) * D, (long)s.heads * D, min(C, s.time - chunk * C));
+        load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
+        load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
+        load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
+        load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
+        copy_commit();
+    };
+    load_early(blockIdx.x);
+    for (int ch = blockIdx.x; ch < tiles; ch += gridDim.x) {
+    const int bh = ch / s.chunks, chunk = ch % s.chunks, b = bh / s.heads, h = bh % s.heads;
+    const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
+    const long at = (long)b * s.time + start;
+    for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + (long)ch * V_ROWS * C + i * 4);
     load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
     load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
-    copy_wait<1>();
+    copy_wait<0>();
     __syncthreads();
 
     const float *sum = sh.vec, *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C, *beta = sh.vec + V_BETA * C;
@@ -676,9 +715,6 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
             *reinterpret_cast<uint4*>(to.v + (at + r) * s.drow + h * D + c) = w;
         }
     }
-    copy_wait<0>();
-    __syncthreads();
-
     float aq[NT][4], row[NT][4], col[NT][4];
     clear(aq), clear(row), clear(col);
 #pragma unroll 2
@@ -714,6 +750,8 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
         dot = warp_sum(dot);
         if (lane == 0) sh.sums[warp] = dot;
     }
+    __syncthreads();
+    if (ch + gridDim.x < tiles) load_early(ch + gridDim.x);
     product<NT, false, false, LC, LD>(aq, sh.dp, sh.k, m0, n0, 0, m0 + 16);
     product<NT, false, false, LC, LD>(row, sh.dm, sh.k, m0, n0, 0, m0 + 16);
     product<NT, true, false, LC, LD>(col, sh.dm, sh.k, m0, n0, m0, C);
@@ -757,6 +795,8 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
     __syncthreads();
     store_rows<D, LD>(to.q + at * s.drow + h * D, sh.q, s.drow, valid);
     store_rows<D, LD>(to.k + at * s.drow + h * D, sh.k, s.drow, valid);
+    __syncthreads();
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------- KDA
@@ -818,7 +858,7 @@ __global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k,
     const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
     const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
     const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk;
-    load_rows<D, LD>(sh.gate, gate + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD>(sh.gate, gate + (at * s.heads + h) * D, (long)s.heads * D, valid);
     load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
     load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
@@ -1014,7 +1054,7 @@ __global__ void __launch_bounds__(512) local_back_kda(const bf16* q, const bf16*
     load_rows<D, LD>(sh.grad, grad + own, (long)s.heads * D, valid);
     load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
     load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
-    load_rows<D, LD>(sh.gate, gate + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD>(sh.gate, gate + (at * s.heads + h) * D, (long)s.heads * D, valid);
     for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
     copy_commit();
     load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
@@ -1217,7 +1257,7 @@ __global__ void __launch_bounds__(512) local_back_kda(const bf16* q, const bf16*
 #pragma unroll
         for (int i = 0; i < BLOCK; i++)
             if (base + i < valid)
-                to.g[(at + base + i) * s.drow + h * D + d] = from_float<bf16>(sh.sum[(base + i) * LG + d] + total);
+                to.g[((at + base + i) * s.heads + h) * D + d] = from_float<bf16>(sh.sum[(base + i) * LG + d] + total);
     }
     // Through the norms, a warp per row.
     for (int i = warp; i < valid; i += 16) {
@@ -1284,6 +1324,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, 
     return cudaGetLastError();
 }
 
+int processors() {
+    int device = 0, count = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 #define TRY(x)                                  \
     do {                                        \
         const cudaError_t e_ = (x);             \
@@ -1325,11 +1372,13 @@ cudaError_t backward(const bf16* q, const bf16* k, const bf16* gk, const bf16* g
                      bf16* x, Grads to, Saved a, Shape s, cudaStream_t stream) {
     if (s.batch * s.heads < FEW) TRY((run_scan_back<D, 32, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
     else TRY((run_scan_back<D, 64, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
+    const int tiles = s.chunks * s.batch * s.heads;
     const dim3 grid(s.chunks, s.batch * s.heads);
     if constexpr (GATE == CHANNEL)
         return launch(local_back_kda<D>, grid, 512, sizeof(LocalKda<D>), stream, q, k, gk, grad, x, dh, a, to, s);
     else
-        return launch(local_back<D, GATE>, grid, 512, sizeof(LocalShared<D>), stream, q, k, grad, x, dh, a, to, s);
+        return launch(local_back<D, GATE>, dim3(std::min(tiles, processors())), 512, sizeof(LocalShared<D>), stream, q, k, grad,
+                      x, dh, a, to, s, tiles);
 }
 
 bool fits(int batch, int time, int heads, int kv_heads, int dim, int gate) {
@@ -1364,7 +1413,7 @@ extern "C" size_t margay_delta_rule_scratch(int batch, int time, int heads, int 
     return align(n * dim) + align(n * C);
 }
 
-// gate: 0 none, 1 scalar (`gate_head`, f32 [B, T, H]), 2 per channel (`gate_key`, bf16 like q). `first`, `last` may be null.
+// gate: 0 none, 1 scalar (`gate_head`, f32 [B, T, H]), 2 per channel (`gate_key`, bf16 [B, T, H, D]). `first`, `last` may be null.
 extern "C" int margay_delta_rule_fwd(const void* q, const void* k, const void* v, const void* gate_key, const float* beta,
                                      const float* gate_head, const float* first, void* o, float* last, void* saved, int keep,
                                      int batch, int time, int heads, int kv_heads, int dim, long row, int gate, float scale,
