@@ -29,8 +29,6 @@
 // Layout: q, k, v bf16 [B, T, heads, D] with a common distance `row` of positions, k and v heads shared by H / Hkv query
 // heads; KDA's g bf16 [B, T, H, D]; β and the scalar g f32 [B, T, H]; o, do bf16 [B, T, H, D]; states f32 [B, H, D, D]. Gradients of k
 // and v are per query head. D is 64 or 128. Everything between kernels lies chunk after chunk of each head.
-#include <algorithm>
-
 #include "common.cuh"
 
 namespace margay {
@@ -40,6 +38,13 @@ constexpr int C = 64;        // rows of a chunk
 constexpr int LC = C + 8;    // distance of rows of a C-wide tile: 16 bytes off a multiple of 128, no bank conflicts
 constexpr float LOG2E = 1.4426950408889634f;
 enum Gate { NONE = 0, SCALAR = 1, CHANNEL = 2 };
+
+// 2^x in one instruction; every exponent here is at most 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // Rows of `vec`, f32 per chunk.
 enum Vec { V_G = 0, V_RQ = 1, V_RK = 2, V_BETA = 3, V_ROWS = 4 };
@@ -176,6 +181,10 @@ __device__ __forceinline__ void put_global(bf16* to, long row, const float (&acc
 
 constexpr int LM = C + 4;  // distance of rows of the f32 matrix that is solved
 
+__device__ __forceinline__ void add(float4& x, float f, float4 y) {
+    x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
+}
+
 // τ from M in place, by 128 threads; `beta` [C], `tmp` [32, 36].
 // Blocks of 16 column by column, then pairs of blocks: τ21 = -(I + τ22 β2) M21 (I + β1 τ11).
 __device__ __forceinline__ void solve(float* m, const float* beta, float* tmp) {
@@ -197,59 +206,51 @@ __device__ __forceinline__ void solve(float* m, const float* beta, float* tmp) {
     }
     __syncthreads();
     {   // 16 -> 32, two pairs; 64 threads each, four columns of one row
-        const int pair = tid / 64, r = tid % 64 / 4, c = tid % 4 * 4, base = pair * 32;
+        const int pair = tid / 64 % 2, r = tid % 64 / 4, c = tid % 4 * 4, base = pair * 32;
         float* block = m + base * LM + base;
-        float x[4];
+        float4 x;
         if (tid < 128) {
+            x = *reinterpret_cast<float4*>(block + (16 + r) * LM + c);
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[e] = block[(16 + r) * LM + c + e];
-#pragma unroll
-            for (int k = 0; k < 16; k++) {
-                const float a = block[(16 + r) * LM + k] * beta[base + k];
-#pragma unroll
-                for (int e = 0; e < 4; e++) x[e] += a * block[k * LM + c + e];
-            }
-#pragma unroll
-            for (int e = 0; e < 4; e++) tmp[(pair * 16 + r) * 36 + c + e] = x[e];
+            for (int k = 0; k < 16; k++)
+                add(x, block[(16 + r) * LM + k] * beta[base + k], *reinterpret_cast<float4*>(block + k * LM + c));
+            *reinterpret_cast<float4*>(tmp + (pair * 16 + r) * 36 + c) = x;
         }
         __syncthreads();
         if (tid < 128) {
 #pragma unroll
-            for (int k = 0; k < 16; k++) {
-                const float a = block[(16 + r) * LM + 16 + k] * beta[base + 16 + k];
-#pragma unroll
-                for (int e = 0; e < 4; e++) x[e] += a * tmp[(pair * 16 + k) * 36 + c + e];
-            }
-#pragma unroll
-            for (int e = 0; e < 4; e++) block[(16 + r) * LM + c + e] = -x[e];
+            for (int k = 0; k < 16; k++)
+                add(x, block[(16 + r) * LM + 16 + k] * beta[base + 16 + k],
+                    *reinterpret_cast<float4*>(tmp + (pair * 16 + k) * 36 + c));
+            *reinterpret_cast<float4*>(block + (16 + r) * LM + c) = make_float4(-x.x, -x.y, -x.z, -x.w);
         }
         __syncthreads();
     }
     {   // 32 -> 64: 128 threads, eight columns of one row
         const int r = tid / 4 % 32, c = tid % 4 * 8;
-        float x[8];
+        float4 x, y;
         if (tid < 128) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) x[e] = m[(32 + r) * LM + c + e];
+            x = *reinterpret_cast<float4*>(m + (32 + r) * LM + c);
+            y = *reinterpret_cast<float4*>(m + (32 + r) * LM + c + 4);
 #pragma unroll 8
             for (int k = 0; k < 32; k++) {
-                const float a = m[(32 + r) * LM + k] * beta[k];
-#pragma unroll
-                for (int e = 0; e < 8; e++) x[e] += a * m[k * LM + c + e];
+                const float f = m[(32 + r) * LM + k] * beta[k];
+                add(x, f, *reinterpret_cast<float4*>(m + k * LM + c));
+                add(y, f, *reinterpret_cast<float4*>(m + k * LM + c + 4));
             }
-#pragma unroll
-            for (int e = 0; e < 8; e++) tmp[r * 36 + c + e] = x[e];
+            *reinterpret_cast<float4*>(tmp + r * 36 + c) = x;
+            *reinterpret_cast<float4*>(tmp + r * 36 + c + 4) = y;
         }
         __syncthreads();
         if (tid < 128) {
 #pragma unroll 8
             for (int k = 0; k < 32; k++) {
-                const float a = m[(32 + r) * LM + 32 + k] * beta[32 + k];
-#pragma unroll
-                for (int e = 0; e < 8; e++) x[e] += a * tmp[k * 36 + c + e];
+                const float f = m[(32 + r) * LM + 32 + k] * beta[32 + k];
+                add(x, f, *reinterpret_cast<float4*>(tmp + k * 36 + c));
+                add(y, f, *reinterpret_cast<float4*>(tmp + k * 36 + c + 4));
             }
-#pragma unroll
-            for (int e = 0; e < 8; e++) m[(32 + r) * LM + c + e] = -x[e];
+            *reinterpret_cast<float4*>(m + (32 + r) * LM + c) = make_float4(-x.x, -x.y, -x.z, -x.w);
+            *reinterpret_cast<float4*>(m + (32 + r) * LM + c + 4) = make_float4(-y.x, -y.y, -y.z, -y.w);
         }
         __syncthreads();
     }
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(128) prepare(const bf16* q, const bf16* k, con
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int i = m0 + g + e / 2 * 8, c = j * 8 + 2 * t + e % 2;
-            const float decay = (GATE == SCALAR ? exp2f(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * rk[c];
+            const float decay = (GATE == SCALAR ? exp2_fast(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * rk[c];
             sh.m[i * LM + c] = c < i ? kk[j][e] * decay * rk[i] : 0.0f;
             qk[j][e] = c <= i ? qk[j][e] * decay * rq[i] * s.scale : 0.0f;
         }
@@ -415,8 +416,8 @@ template <int GATE> __device__ __forceinline__ RowScales row_scales(const float*
     const float rq = vec[V_RQ * C + i], rk = vec[V_RK * C + i];
     r.q = scale * rq, r.kd = r.ke = rk;
     if (GATE == SCALAR) {
-        const float g = vec[i], e = exp2f(g * LOG2E);
-        r.q *= e, r.kd *= e, r.ke *= exp2f((vec[C - 1] - g) * LOG2E);
+        const float g = vec[i], e = exp2_fast(g * LOG2E);
+        r.q *= e, r.kd *= e, r.ke *= exp2_fast((vec[C - 1] - g) * LOG2E);
     }
     return r;
 }
@@ -493,7 +494,7 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
         if (GATE != CHANNEL) put<NT, LV>(sh.ue, y, m0, n0, lo.beta * lo.ke, hi.beta * hi.ke);
         __syncthreads();
         if (GATE == SCALAR) {
-            const float decay = exp2f(st.vec[C - 1] * LOG2E);
+            const float decay = exp2_fast(st.vec[C - 1] * LOG2E);
             scale_rows(state, decay, decay);
         } else if (GATE == CHANNEL) {
             scale_rows(state, st.decay[d0 + g], st.decay[d0 + g + 8]);
@@ -575,7 +576,7 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
         put<NT, LV>(sh.ue, x, m0, n0, -lo.beta * lo.kd, -hi.beta * hi.kd);
         __syncthreads();
         if (GATE == SCALAR) {
-            const float decay = exp2f(st.vec[C - 1] * LOG2E);
+            const float decay = exp2_fast(st.vec[C - 1] * LOG2E);
             scale_rows(state, decay, decay);
         } else if (GATE == CHANNEL) {
             scale_rows(state, st.decay[d0 + g], st.decay[d0 + g + 8]);
@@ -642,33 +643,26 @@ __device__ __forceinline__ void put_projected(bf16* tile, const float (&acc)[NT]
 
 template <int D, int GATE>
 __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, const bf16* grad, const bf16* x, const bf16* dh,
-                                                  Saved a, Grads to, Shape s, int tiles) {
+                                                  Saved a, Grads to, Shape s) {
     extern __shared__ __align__(16) unsigned char raw[];
     auto& sh = *reinterpret_cast<LocalShared<D>*>(raw);
     constexpr int LD = D + 8, NT = D / 32;
     const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
     const int m0 = warp % 4 * 16, group = warp / 4, n0 = group * NT * 8;
-    // What is done with early in a chunk is loaded for the next one while the rest of this one is computed.
-    const auto load_early = [&](long ch) {
-        const int bh = ch / s.chunks, chunk = ch % s.chunks, b = bh / s.heads, h = bh % s.heads;
-        const long at = (long)b * s.time + chunk * C;
-        load_rows<D, LD>(sh.grad, grad + (at * s.heads + h) * D, (long)s.heads * D, min(C, s.time - chunk * C));
-        load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
-        load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
-        load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
-        load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
-        copy_commit();
-    };
-    load_early(blockIdx.x);
-    for (int ch = blockIdx.x; ch < tiles; ch += gridDim.x) {
-    const int bh = ch / s.chunks, chunk = ch % s.chunks, b = bh / s.heads, h = bh % s.heads;
+    const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
     const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
-    const long at = (long)b * s.time + start;
-    for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + (long)ch * V_ROWS * C + i * 4);
+    const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk, own = (at * s.heads + h) * D;
+    load_rows<D, LD>(sh.grad, grad + own, (long)s.heads * D, valid);
+    load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
+    load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
+    for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
+    copy_commit();
+    load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
+    load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
     load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
     load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
-    copy_wait<0>();
+    copy_wait<1>();
     __syncthreads();
 
     const float *sum = sh.vec, *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C, *beta = sh.vec + V_BETA * C;
@@ -694,7 +688,7 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
             for (int e = 0; e < 4; e++) {
                 const int i = m0 + g + e / 2 * 8, c = c0 + j * 8 + 2 * t + e % 2;
                 if (i == c) sh.beta[i] = dm[j][e];
-                const float f = (GATE == SCALAR ? exp2f(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * beta[c] * rk[c];
+                const float f = (GATE == SCALAR ? exp2_fast(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * beta[c] * rk[c];
                 dp[j][e] = c <= i ? dp[j][e] * f * rq[i] * s.scale : 0.0f;
                 dm[j][e] = c < i ? -dm[j][e] * f * rk[i] * beta[i] : 0.0f;
             }
@@ -715,6 +709,9 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
             *reinterpret_cast<uint4*>(to.v + (at + r) * s.drow + h * D + c) = w;
         }
     }
+    copy_wait<0>();
+    __syncthreads();
+
     float aq[NT][4], row[NT][4], col[NT][4];
     clear(aq), clear(row), clear(col);
 #pragma unroll 2
@@ -750,8 +747,6 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
         dot = warp_sum(dot);
         if (lane == 0) sh.sums[warp] = dot;
     }
-    __syncthreads();
-    if (ch + gridDim.x < tiles) load_early(ch + gridDim.x);
     product<NT, false, false, LC, LD>(aq, sh.dp, sh.k, m0, n0, 0, m0 + 16);
     product<NT, false, false, LC, LD>(row, sh.dm, sh.k, m0, n0, 0, m0 + 16);
     product<NT, true, false, LC, LD>(col, sh.dm, sh.k, m0, n0, m0, C);
@@ -778,7 +773,7 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
         if (r0 < valid) to.beta[i] = sh.beta[r0];
         if (r1 < valid) to.beta[i + s.heads] = sh.beta[r1];
         if (GATE == SCALAR) {
-            const float decay = exp2f(sum[C - 1] * LOG2E);
+            const float decay = exp2_fast(sum[C - 1] * LOG2E);
             const float total = warp_sum(dot(3, r0) + dot(3, r1)) + decay * warp_sum(lane < 16 ? sh.sums[lane] : 0.0f);
             const float d0 = dot(0, r0) + dot(1, r0) - dot(2, r0);
             const float d1 = dot(0, r1) + dot(1, r1) - dot(2, r1);
@@ -795,8 +790,6 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
     __syncthreads();
     store_rows<D, LD>(to.q + at * s.drow + h * D, sh.q, s.drow, valid);
     store_rows<D, LD>(to.k + at * s.drow + h * D, sh.k, s.drow, valid);
-    __syncthreads();
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------- KDA
@@ -832,7 +825,24 @@ template <int D, int THREADS> __device__ __forceinline__ void sum_gates(float* s
 // Two bf16 values of a tile times e^{sign (sum - at)}.
 template <int SIGN> __device__ __forceinline__ uint32_t scaled(uint32_t pair, const float* sum, const float* at) {
     const float2 x = unpack(pair);
-    return pack(x.x * exp2f(SIGN * (sum[0] - at[0])), x.y * exp2f(SIGN * (sum[1] - at[1])));
+    return pack(x.x * exp2_fast(SIGN * (sum[0] - at[0])), x.y * exp2_fast(SIGN * (sum[1] - at[1])));
+}
+
+// N (2 or 4) adjacent values in one access.
+template <int N> __device__ __forceinline__ void load_lane(float (&x)[N], const bf16* from) {
+    uint32_t w[N / 2];
+    if constexpr (N == 4) *reinterpret_cast<uint2*>(w) = *reinterpret_cast<const uint2*>(from);
+    else w[0] = *reinterpret_cast<const uint32_t*>(from);
+#pragma unroll
+    for (int e = 0; e < N / 2; e++) {
+        const float2 f = unpack(w[e]);
+        x[2 * e] = f.x, x[2 * e + 1] = f.y;
+    }
+}
+
+template <int N> __device__ __forceinline__ void load_lane(float (&x)[N], const float* from) {
+    if constexpr (N == 4) *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(from);
+    else *reinterpret_cast<float2*>(x) = *reinterpret_cast<const float2*>(from);
 }
 
 template <int D> struct PrepareKda {
@@ -873,7 +883,7 @@ __global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k,
     sum_gates<D, 256>(sh.sum, sh.gate);
     const float *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C;
     for (int i = tid; i < V_ROWS * C; i += 256) out.vec[ch * V_ROWS * C + i] = sh.vec[i];
-    for (int i = tid; i < D; i += 256) out.decay[ch * D + i] = exp2f(sh.sum[(C - 1) * LG + i]);
+    for (int i = tid; i < D; i += 256) out.decay[ch * D + i] = exp2_fast(sh.sum[(C - 1) * LG + i]);
 
     // What the scans multiply with.
     for (int i = tid; i < C * D / 8; i += 256) {
@@ -885,11 +895,11 @@ __global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k,
             const float2 xq = unpack(*reinterpret_cast<const uint32_t*>(sh.q + r * LD + c + 2 * j));
             const float2 xk = unpack(*reinterpret_cast<const uint32_t*>(sh.k + r * LD + c + 2 * j));
             const float s0 = sh.sum[r * LG + c + 2 * j], s1 = sh.sum[r * LG + c + 2 * j + 1];
-            const float e0 = exp2f(s0), e1 = exp2f(s1);
+            const float e0 = exp2_fast(s0), e1 = exp2_fast(s1);
             wq[j] = pack(xq.x * fq * e0, xq.y * fq * e1);
             wd[j] = pack(xk.x * fk * e0, xk.y * fk * e1);
-            we[j] = pack(xk.x * fk * exp2f(sh.sum[(C - 1) * LG + c + 2 * j] - s0),
-                         xk.y * fk * exp2f(sh.sum[(C - 1) * LG + c + 2 * j + 1] - s1));
+            we[j] = pack(xk.x * fk * exp2_fast(sh.sum[(C - 1) * LG + c + 2 * j] - s0),
+                         xk.y * fk * exp2_fast(sh.sum[(C - 1) * LG + c + 2 * j + 1] - s1));
         }
         const long to = ch * C * D + r * D + c;
         *reinterpret_cast<uint4*>(out.qd + to) = *reinterpret_cast<uint4*>(wq);
@@ -917,7 +927,7 @@ __global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k,
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int row = a * BLOCK + g + e % 2 * 8, c = d + 2 * t + e / 2 * 8;
-                const float e0 = exp2f(sh.sum[row * LG + c] - r[c]), e1 = exp2f(sh.sum[row * LG + c + 1] - r[c + 1]);
+                const float e0 = exp2_fast(sh.sum[row * LG + c] - r[c]), e1 = exp2_fast(sh.sum[row * LG + c + 1] - r[c + 1]);
                 const float2 xk = unpack(fk[e]), xq = unpack(fq[e]);
                 fk[e] = pack(xk.x * e0, xk.y * e1);
                 fq[e] = pack(xq.x * e0, xq.y * e1);
@@ -951,22 +961,20 @@ __global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k,
     for (int i = half; i < BLOCK; i += 2) {
         const int row = a * BLOCK + i;
         float ki[PER], qi[PER], gi[PER], v[32];
-#pragma unroll
-        for (int e = 0; e < PER; e++) {
-            ki[e] = to_float(sh.k[row * LD + lane * PER + e]);
-            qi[e] = to_float(sh.q[row * LD + lane * PER + e]);
-            gi[e] = sh.sum[row * LG + lane * PER + e];
-        }
+        load_lane(ki, sh.k + row * LD + lane * PER);
+        load_lane(qi, sh.q + row * LD + lane * PER);
+        load_lane(gi, sh.sum + row * LG + lane * PER);
 #pragma unroll
         for (int j = 0; j < BLOCK; j++) {
             v[j] = v[j + 16] = 0.0f;
             if (j > i) continue;
             const int other = a * BLOCK + j;
+            float kj[PER], gj[PER];
+            load_lane(kj, sh.k + other * LD + lane * PER);
+            load_lane(gj, sh.sum + other * LG + lane * PER);
 #pragma unroll
             for (int e = 0; e < PER; e += 2) {
-                const float2 x = unpack(*reinterpret_cast<const uint32_t*>(sh.k + other * LD + lane * PER + e));
-                const float2 so = *reinterpret_cast<const float2*>(sh.sum + other * LG + lane * PER + e);
-                const float x0 = x.x * exp2f(gi[e] - so.x), x1 = x.y * exp2f(gi[e + 1] - so.y);
+                const float x0 = kj[e] * exp2_fast(gi[e] - gj[e]), x1 = kj[e + 1] * exp2_fast(gi[e + 1] - gj[e + 1]);
                 v[j] += ki[e] * x0 + ki[e + 1] * x1;
                 v[j + 16] += qi[e] * x0 + qi[e + 1] * x1;
             }
@@ -1029,7 +1037,7 @@ __device__ __forceinline__ void scale_channels(float (&acc)[NT][4], const float*
         for (int e = 0; e < 4; e++) {
             const int c = n + j * 8 + 2 * t + e % 2;
             const float x = sum[(m + g + e / 2 * 8) * LG + c] - (at ? at[c] : 0.0f);
-            acc[j][e] *= exp2f(SIGN * x);
+            acc[j][e] *= exp2_fast(SIGN * x);
         }
 }
 
@@ -1159,7 +1167,7 @@ __global__ void __launch_bounds__(512) local_back_kda(const bf16* q, const bf16*
             dot += p.x * w.x + p.y * w.y;
         }
         dot = warp_sum<4>(dot);
-        if (tid % 4 == 0) sh.states[d] = dot * exp2f(final_sum[d]);
+        if (tid % 4 == 0) sh.states[d] = dot * exp2_fast(final_sum[d]);
     }
     __syncthreads();
 
@@ -1171,7 +1179,7 @@ __global__ void __launch_bounds__(512) local_back_kda(const bf16* q, const bf16*
                        sh.sum + (n * BLOCK - 1) * LG + c);
         const int f = r < after(1) ? 0 : r < after(2) ? 1 : 2, l = r - after(f) + (f + 1) * BLOCK;
         const float* edge = sh.sum + (f * BLOCK + BLOCK - 1) * LG + c;
-        const float e0 = exp2f(sh.sum[l * LG + c] - edge[0]), e1 = exp2f(sh.sum[l * LG + c + 1] - edge[1]);
+        const float e0 = exp2_fast(sh.sum[l * LG + c] - edge[0]), e1 = exp2_fast(sh.sum[l * LG + c + 1] - edge[1]);
         const float2 xq = unpack(*reinterpret_cast<const uint32_t*>(sh.q + l * LD + c));
         const float2 xk = unpack(*reinterpret_cast<const uint32_t*>(sh.k + l * LD + c));
         *reinterpret_cast<uint32_t*>(sh.qa + r * LD + c) = pack(xq.x * e0, xq.y * e1);
@@ -1228,10 +1236,17 @@ __global__ void __launch_bounds__(512) local_back_kda(const bf16* q, const bf16*
         for (int i = 0; i < BLOCK; i++) {
             const float qi = to_float(sh.q[(base + i) * LD + d]);
             float xq = 0, xr = 0;
+            uint32_t pi[8], mi[8];
+#pragma unroll
+            for (int w = 0; w <= i / 8; w++) {
+                *reinterpret_cast<uint4*>(pi + 4 * w) = *reinterpret_cast<const uint4*>(sh.dp + (base + i) * LC + base + 8 * w);
+                *reinterpret_cast<uint4*>(mi + 4 * w) = *reinterpret_cast<const uint4*>(sh.dm + (base + i) * LC + base + 8 * w);
+            }
 #pragma unroll
             for (int j = 0; j <= i; j++) {
-                const float p = to_float(sh.dp[(base + i) * LC + base + j]), m = to_float(sh.dm[(base + i) * LC + base + j]);
-                const float e = j < i ? exp2f(sj[i] - sj[j]) : 1.0f, ke = kj[j] * e;
+                const float2 p2 = unpack(pi[j / 2]), m2 = unpack(mi[j / 2]);
+                const float p = j % 2 ? p2.y : p2.x, m = j % 2 ? m2.y : m2.x;
+                const float e = j < i ? exp2_fast(sj[i] - sj[j]) : 1.0f, ke = kj[j] * e;
                 xq += p * ke, xr += m * ke;
                 cj[j] += (p * qi + m * kj[i]) * e;
             }
@@ -1324,13 +1339,6 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, 
     return cudaGetLastError();
 }
 
-int processors() {
-    int device = 0, count = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 #define TRY(x)                                  \
     do {                                        \
         const cudaError_t e_ = (x);             \
@@ -1372,13 +1380,11 @@ cudaError_t backward(const bf16* q, const bf16* k, const bf16* gk, const bf16* g
                      bf16* x, Grads to, Saved a, Shape s, cudaStream_t stream) {
     if (s.batch * s.heads < FEW) TRY((run_scan_back<D, 32, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
     else TRY((run_scan_back<D, 64, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
-    const int tiles = s.chunks * s.batch * s.heads;
     const dim3 grid(s.chunks, s.batch * s.heads);
     if constexpr (GATE == CHANNEL)
         return launch(local_back_kda<D>, grid, 512, sizeof(LocalKda<D>), stream, q, k, gk, grad, x, dh, a, to, s);
     else
-        return launch(local_back<D, GATE>, dim3(std::min(tiles, processors())), 512, sizeof(LocalShared<D>), stream, q, k, grad,
-                      x, dh, a, to, s, tiles);
+        return launch(local_back<D, GATE>, grid, 512, sizeof(LocalShared<D>), stream, q, k, grad, x, dh, a, to, s);
 }
 
 bool fits(int batch, int time, int heads, int kv_heads, int dim, int gate) {
