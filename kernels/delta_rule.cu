@@ -70,18 +70,25 @@ struct Saved {
     float* decay; // KDA: e^{G_C} [BH, N, D]
 };
 
-template <int COLS, int LD> __device__ __forceinline__ void load_rows(bf16* to, const bf16* from, long row, int valid,
-                                                                     int rows = C) {
-    for (int i = threadIdx.x; i < rows * (COLS / 8); i += blockDim.x) {
-        const int r = i / (COLS / 8), c = i % (COLS / 8) * 8;
-        copy16(to + r * LD + c, from + (r < valid ? r * row : 0) + c, r < valid);
+// A tile of `ROWS` rows by all `THREADS` threads; rows from `valid` on become zeros.
+template <int COLS, int LD, int THREADS, int ROWS = C>
+__device__ __forceinline__ void load_rows(bf16* to, const bf16* from, long row, int valid) {
+    constexpr int COUNT = ROWS * (COLS / 8);
+#pragma unroll
+    for (int n = 0; n < (COUNT + THREADS - 1) / THREADS; n++) {
+        const int i = threadIdx.x + n * THREADS, r = i / (COLS / 8), c = i % (COLS / 8) * 8;
+        if (COUNT % THREADS == 0 || i < COUNT) copy16(to + r * LD + c, from + (r < valid ? r * row : 0) + c, r < valid);
     }
 }
 
-template <int COLS, int LD> __device__ __forceinline__ void store_rows(bf16* to, const bf16* from, long row, int valid) {
-    for (int i = threadIdx.x; i < C * (COLS / 8); i += blockDim.x) {
-        const int r = i / (COLS / 8), c = i % (COLS / 8) * 8;
-        if (r < valid) *reinterpret_cast<uint4*>(to + r * row + c) = *reinterpret_cast<const uint4*>(from + r * LD + c);
+template <int COLS, int LD, int THREADS>
+__device__ __forceinline__ void store_rows(bf16* to, const bf16* from, long row, int valid) {
+    constexpr int COUNT = C * (COLS / 8);
+#pragma unroll
+    for (int n = 0; n < (COUNT + THREADS - 1) / THREADS; n++) {
+        const int i = threadIdx.x + n * THREADS, r = i / (COLS / 8), c = i % (COLS / 8) * 8;
+        if (r < valid && (COUNT % THREADS == 0 || i < COUNT))
+            *reinterpret_cast<uint4*>(to + r * row + c) = *reinterpret_cast<const uint4*>(from + r * LD + c);
     }
 }
 
@@ -296,8 +303,8 @@ __global__ void __launch_bounds__(128) prepare(const bf16* q, const bf16* k, con
     const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
     const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
     const long at = (long)b * s.time + start;
-    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
-    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    load_rows<D, LD, 128>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD, 128>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
     if (tid < C) {
         const bool in = tid < valid;
@@ -389,19 +396,21 @@ __device__ __forceinline__ void load_stage(Stage<D, BV, GATE, BACK>& st, const b
     const int b = bh / s.heads, start = chunk * C, valid = min(C, s.time - start);
     const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk;
     if constexpr (GATE == CHANNEL) {
-        load_rows<D, LD>(st.k, a.kd + ch * C * D, D, C);
-        load_rows<D, LD>(st.ke, a.ke + ch * C * D, D, C);
-        load_rows<D, LD>(st.q, a.qd + ch * C * D, D, C);
+        load_rows<D, LD, D * 2>(st.k, a.kd + ch * C * D, D, C);
+        load_rows<D, LD, D * 2>(st.ke, a.ke + ch * C * D, D, C);
+        load_rows<D, LD, D * 2>(st.q, a.qd + ch * C * D, D, C);
         for (int i = threadIdx.x; i < D / 4; i += blockDim.x) copy16(st.decay + i * 4, a.decay + ch * D + i * 4);
     } else {
-        load_rows<D, LD>(st.k, k + at * s.row, s.row, valid);
-        load_rows<D, LD>(st.q, q + at * s.row, s.row, valid);
+        load_rows<D, LD, D * 2>(st.k, k + at * s.row, s.row, valid);
+        load_rows<D, LD, D * 2>(st.q, q + at * s.row, s.row, valid);
     }
-    load_rows<BV, LV>(st.v, v + at * vrow, vrow, valid);
-    load_rows<C, LC>(st.tau, a.tau + ch * C * C, C, C);
-    load_rows<C, LC>(st.p, a.p + ch * C * C, C, C);
-    for (int i = threadIdx.x; i < V_ROWS * C / 4; i += blockDim.x)
+    load_rows<BV, LV, D * 2>(st.v, v + at * vrow, vrow, valid);
+    load_rows<C, LC, D * 2>(st.tau, a.tau + ch * C * C, C, C);
+    load_rows<C, LC, D * 2>(st.p, a.p + ch * C * C, C, C);
+    if (threadIdx.x < V_ROWS * C / 4) {
+        const int i = threadIdx.x;
         copy16(st.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
+    }
     copy_commit();
 }
 
@@ -652,15 +661,15 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
     const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
     const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
     const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk, own = (at * s.heads + h) * D;
-    load_rows<D, LD>(sh.grad, grad + own, (long)s.heads * D, valid);
-    load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
-    load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
+    load_rows<D, LD, 512>(sh.grad, grad + own, (long)s.heads * D, valid);
+    load_rows<D, LD, 512>(sh.x, x + ch * C * D, D, C);
+    load_rows<D, LD, 512>(sh.y, a.y + ch * C * D, D, C);
     for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
     copy_commit();
-    load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
-    load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
-    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
-    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    load_rows<D, LD, 512, D>(sh.h, a.h + ch * D * D, D, D);
+    load_rows<D, LD, 512, D>(sh.dh, dh + ch * D * D, D, D);
+    load_rows<D, LD, 512>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD, 512>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
     copy_wait<1>();
     __syncthreads();
@@ -788,8 +797,8 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
         }
     }
     __syncthreads();
-    store_rows<D, LD>(to.q + at * s.drow + h * D, sh.q, s.drow, valid);
-    store_rows<D, LD>(to.k + at * s.drow + h * D, sh.k, s.drow, valid);
+    store_rows<D, LD, 512>(to.q + at * s.drow + h * D, sh.q, s.drow, valid);
+    store_rows<D, LD, 512>(to.k + at * s.drow + h * D, sh.k, s.drow, valid);
 }
 
 // ---------------------------------------------------------------------------------------------------------- KDA
@@ -868,9 +877,9 @@ __global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k,
     const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
     const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
     const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk;
-    load_rows<D, LD>(sh.gate, gate + (at * s.heads + h) * D, (long)s.heads * D, valid);
-    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
-    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    load_rows<D, LD, 256>(sh.gate, gate + (at * s.heads + h) * D, (long)s.heads * D, valid);
+    load_rows<D, LD, 256>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD, 256>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
     if (tid < C) {
         sh.vec[V_BETA * C + tid] = tid < valid ? beta[(at + tid) * s.heads + h] : 0.0f;
@@ -998,7 +1007,7 @@ __global__ void __launch_bounds__(256) prepare_kda(const bf16* q, const bf16* k,
         }
     }
     __syncthreads();
-    store_rows<C, LC>(out.p + ch * C * C, sh.p, C, C);
+    store_rows<C, LC, 256>(out.p + ch * C * C, sh.p, C, C);
     solve(sh.m, sh.vec + V_BETA * C, sh.tmp);
     uint32_t* tau = reinterpret_cast<uint32_t*>(out.tau + ch * C * C);
     for (int i = tid; i < C * C / 2; i += 256) {
@@ -1059,16 +1068,16 @@ __global__ void __launch_bounds__(512) local_back_kda(const bf16* q, const bf16*
     const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
     const int blk = warp % 4, m0 = blk * 16, group = warp / 4, n0 = group * NT * 8;
     const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk, own = (at * s.heads + h) * D;
-    load_rows<D, LD>(sh.grad, grad + own, (long)s.heads * D, valid);
-    load_rows<D, LD>(sh.x, x + ch * C * D, D, C);
-    load_rows<D, LD>(sh.y, a.y + ch * C * D, D, C);
-    load_rows<D, LD>(sh.gate, gate + (at * s.heads + h) * D, (long)s.heads * D, valid);
+    load_rows<D, LD, 512>(sh.grad, grad + own, (long)s.heads * D, valid);
+    load_rows<D, LD, 512>(sh.x, x + ch * C * D, D, C);
+    load_rows<D, LD, 512>(sh.y, a.y + ch * C * D, D, C);
+    load_rows<D, LD, 512>(sh.gate, gate + (at * s.heads + h) * D, (long)s.heads * D, valid);
     for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
     copy_commit();
-    load_rows<D, LD>(sh.h, a.h + ch * D * D, D, D, D);
-    load_rows<D, LD>(sh.dh, dh + ch * D * D, D, D, D);
-    load_rows<D, LD>(sh.q, q + at * s.row + h * D, s.row, valid);
-    load_rows<D, LD>(sh.k, k + at * s.row + hk * D, s.row, valid);
+    load_rows<D, LD, 512, D>(sh.h, a.h + ch * D * D, D, D);
+    load_rows<D, LD, 512, D>(sh.dh, dh + ch * D * D, D, D);
+    load_rows<D, LD, 512>(sh.q, q + at * s.row + h * D, s.row, valid);
+    load_rows<D, LD, 512>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
     copy_wait<1>();
     __syncthreads();

@@ -1317,4 +1317,64 @@ mod tests {
             (o - values).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
         assert!(gap < 1e-6, "{gap}");
     }
+
+    /// On a GPU: result, last state and all gradients of the bf16 kernels against the f64 plain form of the same numbers.
+    ///
+    /// The bound is twice what the plain form makes with bf16 operands in its products (4e-3 to 6e-3 of the norm; twice
+    /// that for β and the decays, whose gradients are sums that cancel).
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn kernels_are_close_to_plain() {
+        use candle_core::{Device, Var};
+        let Ok(device) = super::super::gpu(0) else { return };
+        let run = |rule: &DeltaRule, gate: Kind, x: &[Tensor], device: &Device, half: DType, full: DType| {
+            let small = |i: usize| i != 0 && !(i == 3 && gate == Kind::Key);
+            let to = |(i, x): (usize, &Tensor)| x.to_dtype(if small(i) { full } else { half })?.to_device(device);
+            let vars = x.iter().enumerate().map(|x| Var::from_tensor(&to(x)?)).collect::<Result<Vec<_>>>()?;
+            let x: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+            let (o, s) = rule.forward_with_state(&x[0], &x[1], decay(gate, &x), Some(&x[2]))?;
+            let weigh = |x: &Tensor, seed| {
+                let w = input("randn", x.dims(), seed).to_dtype(DType::BF16)?.to_dtype(full)?.to_device(device)?;
+                (x.to_dtype(full)? * w)?.sum_all()
+            };
+            let grads = (weigh(&o, 8)? + weigh(&s, 9)?)?.backward()?;
+            let mut out = vec![o, s];
+            out.extend(vars.iter().map(|v| grads.get(v).expect("a gradient").clone()));
+            Ok::<_, candle_core::Error>(out)
+        };
+        let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+        let on_cpu = |x: &Tensor| x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+        for gate in KINDS {
+            let cases = [("randn", 1), ("randn", 63), ("randn", 64), ("randn", 65), ("randn", 1000), ("randn", 4096)];
+            for (kind, time) in cases.into_iter().chain(INPUTS.map(|kind| (kind, 130))) {
+                for (dim, kv_heads) in [(64, 2), (128, 1)] {
+                    if time == 4096 && (dim == 128 || gate == Kind::Key) {
+                        continue; // gigabytes of oracle
+                    }
+                    let rule = DeltaRule { heads: 2, kv_heads, scale: (dim as f64).powf(-0.5), normalize: true };
+                    let mut x = inputs(kind, &rule, gate, 1, time, dim);
+                    for i in [0, 3].into_iter().filter(|i| *i < x.len()) {
+                        x[i] = x[i].to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
+                    }
+                    let oracle = run(&rule, gate, &x, &Device::Cpu, DType::F64, DType::F64).unwrap();
+                    let ours = run(&rule, gate, &x, &device, DType::BF16, DType::F32).unwrap();
+                    let again = run(&rule, gate, &x, &device, DType::BF16, DType::F32).unwrap();
+                    let names = ["o", "last state", "d qkv", "d beta", "d first state", "d decay"];
+                    for (i, (a, b)) in ours.iter().zip(&oracle).enumerate() {
+                        let what = format!("{gate:?}, {kind}, {time} x {dim}: {}", names[i]);
+                        let error =
+                            norm(&(on_cpu(a) - b).unwrap()) / norm(b).max(1e-2 * (b.elem_count() as f64).sqrt());
+                        let bound = if matches!(i, 3 | 5) { 2e-2 } else { 1e-2 };
+                        // One token gives two numbers, which may be small by chance.
+                        let bound = if time == 1 && matches!(i, 3 | 5) { 0.1 } else { bound };
+                        assert!(error < bound, "{what}: {error:e}");
+                        assert!(
+                            norm(&(on_cpu(a) - on_cpu(&again[i])).unwrap()) == 0.0,
+                            "{what}: differs between two runs"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }
