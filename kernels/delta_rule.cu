@@ -612,11 +612,16 @@ struct Grads {
     float *beta, *gate;   // gate only for scalar decay
 };
 
+// What a chunk's pass over 64 value columns reads.
+template <int D> struct Half {
+    bf16 grad[C * LC], x[C * LC], y[C * LC], h[D * LC], dh[D * LC];
+};
+
 template <int D> struct LocalShared {
-    bf16 q[C * (D + 8)], k[C * (D + 8)], grad[C * (D + 8)], x[C * (D + 8)], y[C * (D + 8)];
-    bf16 h[D * (D + 8)], dh[D * (D + 8)];
+    Half<D> half[2];  // one is loaded while the other is used, across chunks
+    bf16 q[C * (D + 8)], k[C * (D + 8)];
     bf16 dp[C * LC], dm[C * LC];
-    float vec[V_ROWS * C], dots[4][4][C], sums[32], beta[C];
+    float vec[2][V_ROWS * C], dots[4][4][C], sums[32], beta[C];
 };
 
 // Sums of acc ⊙ tile over this warp's columns, one per row, to `out` [C].
@@ -651,111 +656,127 @@ __device__ __forceinline__ void put_projected(bf16* tile, const float (&acc)[NT]
 }
 
 template <int D, int GATE>
-__global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, const bf16* grad, const bf16* x, const bf16* dh,
-                                                  Saved a, Grads to, Shape s) {
+__global__ void __launch_bounds__(512, 1) local_back(const bf16* q, const bf16* k, const bf16* grad, const bf16* x,
+                                                     const bf16* dh, Saved a, Grads to, Shape s, int tiles) {
     extern __shared__ __align__(16) unsigned char raw[];
     auto& sh = *reinterpret_cast<LocalShared<D>*>(raw);
-    constexpr int LD = D + 8, NT = D / 32;
+    constexpr int LD = D + 8, NT = D / 32, HALVES = D / C;
     const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP, g = lane / 4, t = lane % 4;
-    const int m0 = warp % 4 * 16, group = warp / 4, n0 = group * NT * 8;
-    const int chunk = blockIdx.x, bh = blockIdx.y, b = bh / s.heads, h = bh % s.heads;
+    const int m0 = warp % 4 * 16, group = warp / 4, n0 = group * NT * 8, c0 = group * 16;
+    const int i0 = m0 + g, i1 = i0 + 8;
+    // Step `n` of this block: value columns 64 (n % HALVES).. of its chunk n / HALVES.
+    const auto load_half = [&](int n) {
+        const int ch = blockIdx.x + n / HALVES * gridDim.x, col = n % HALVES * C;
+        if (ch < tiles) {
+            const int bh = ch / s.chunks, start = ch % s.chunks * C, b = bh / s.heads, h = bh % s.heads;
+            const long own = (((long)b * s.time + start) * s.heads + h) * D + col, at = (long)ch * C * D + col;
+            const long state = (long)ch * D * D + col;
+            Half<D>& half = sh.half[n % 2];
+            load_rows<C, LC, 512>(half.grad, grad + own, (long)s.heads * D, s.time - start);
+            load_rows<C, LC, 512>(half.x, x + at, D, C);
+            load_rows<C, LC, 512>(half.y, a.y + at, D, C);
+            load_rows<C, LC, 512, D>(half.h, a.h + state, D, D);
+            load_rows<C, LC, 512, D>(half.dh, dh + state, D, D);
+            if (col == 0 && tid < V_ROWS * C / 4)
+                copy16(sh.vec[n / HALVES % 2] + tid * 4, a.vec + (long)ch * V_ROWS * C + tid * 4);
+        }
+        copy_commit();
+    };
+    load_half(0);
+    int step = 0;
+    for (int ch = blockIdx.x; ch < tiles; ch += gridDim.x) {
+    const int bh = ch / s.chunks, chunk = ch % s.chunks, b = bh / s.heads, h = bh % s.heads;
     const int hk = h / (s.heads / s.kv_heads), start = chunk * C, valid = min(C, s.time - start);
-    const long at = (long)b * s.time + start, ch = (long)bh * s.chunks + chunk, own = (at * s.heads + h) * D;
-    load_rows<D, LD, 512>(sh.grad, grad + own, (long)s.heads * D, valid);
-    load_rows<D, LD, 512>(sh.x, x + ch * C * D, D, C);
-    load_rows<D, LD, 512>(sh.y, a.y + ch * C * D, D, C);
-    for (int i = tid; i < V_ROWS * C / 4; i += 512) copy16(sh.vec + i * 4, a.vec + ch * V_ROWS * C + i * 4);
-    copy_commit();
-    load_rows<D, LD, 512, D>(sh.h, a.h + ch * D * D, D, D);
-    load_rows<D, LD, 512, D>(sh.dh, dh + ch * D * D, D, D);
+    const long at = (long)b * s.time + start;
     load_rows<D, LD, 512>(sh.q, q + at * s.row + h * D, s.row, valid);
     load_rows<D, LD, 512>(sh.k, k + at * s.row + hk * D, s.row, valid);
     copy_commit();
-    copy_wait<1>();
-    __syncthreads();
+    const float* vec = sh.vec[step / HALVES % 2];
+    const float *sum = vec, *rq = vec + V_RQ * C, *rk = vec + V_RK * C, *beta = vec + V_BETA * C;
 
-    const float *sum = sh.vec, *rq = sh.vec + V_RQ * C, *rk = sh.vec + V_RK * C, *beta = sh.vec + V_BETA * C;
-    const int i0 = m0 + g, i1 = i0 + 8;
-    {   // dP and dM with everything that makes them multiply the stored q and k
-        float dp[2][4], dm[2][4];
-        clear(dp), clear(dm);
-        const int c0 = group * 16;
-        if (c0 <= m0) {
+    float aq[NT][4], row[NT][4], col[NT][4], dp[2][4], dm[2][4], state_dot = 0;
+    clear(aq), clear(row), clear(col), clear(dp), clear(dm);
+    for (int part = 0; part < HALVES; part++, step++) {
+        load_half(step + 1);
+        if (part == 0) copy_wait<2>();  // q and k, and the next half, may still be under way
+        else copy_wait<1>();
+        __syncthreads();
+        const Half<D>& half = sh.half[step % 2];
 #pragma unroll
-            for (int d = 0; d < D; d += 16) {
-                uint32_t fg[4], fx[4], fb[4];
-                frag_a<false, LD>(fg, sh.grad, m0, d);
-                frag_a<false, LD>(fx, sh.x, m0, d);
-                frag_b<true, LD>(fb, sh.y, d, c0);
+        for (int d = 0; d < C; d += 16) {
+            uint32_t fg[4], fx[4], fy[4], fb[4];
+            frag_a<false, LC>(fg, half.grad, m0, d);
+            frag_a<false, LC>(fx, half.x, m0, d);
+            frag_a<false, LC>(fy, half.y, m0, d);
+            if (c0 <= m0) {
+                frag_b<true, LC>(fb, half.y, d, c0);
                 mma(dp[0], fg, fb[0], fb[1]), mma(dp[1], fg, fb[2], fb[3]);
                 mma(dm[0], fx, fb[0], fb[1]), mma(dm[1], fx, fb[2], fb[3]);
             }
-        }
 #pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int i = m0 + g + e / 2 * 8, c = c0 + j * 8 + 2 * t + e % 2;
-                if (i == c) sh.beta[i] = dm[j][e];
-                const float f = (GATE == SCALAR ? exp2_fast(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * beta[c] * rk[c];
-                dp[j][e] = c <= i ? dp[j][e] * f * rq[i] * s.scale : 0.0f;
-                dm[j][e] = c < i ? -dm[j][e] * f * rk[i] * beta[i] : 0.0f;
+            for (int j = 0; j < NT; j += 2) {
+                frag_b<true, LC>(fb, half.h, d, n0 + j * 8);
+                mma(aq[j], fg, fb[0], fb[1]), mma(aq[j + 1], fg, fb[2], fb[3]);
+                mma(row[j], fx, fb[0], fb[1]), mma(row[j + 1], fx, fb[2], fb[3]);
+                frag_b<true, LC>(fb, half.dh, d, n0 + j * 8);
+                mma(col[j], fy, fb[0], fb[1]), mma(col[j + 1], fy, fb[2], fb[3]);
             }
-        put<2, LC>(sh.dp, dp, m0, c0);
-        put<2, LC>(sh.dm, dm, m0, c0);
-    }
-    // dv = β X
-    for (int i = tid; i < C * D / 8; i += 512) {
-        const int r = i / (D / 8), c = i % (D / 8) * 8;
-        if (r < valid) {
-            uint4 w = *reinterpret_cast<const uint4*>(sh.x + r * LD + c);
-            uint32_t* e = reinterpret_cast<uint32_t*>(&w);
+        }
+        {   // dv = β X: one access a thread
+            const int r = tid / 8, c = tid % 8 * 8;
+            if (r < valid) {
+                uint4 w = *reinterpret_cast<const uint4*>(half.x + r * LC + c);
+                uint32_t* e = reinterpret_cast<uint32_t*>(&w);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float2 f = unpack(e[j]);
-                e[j] = pack(f.x * beta[r], f.y * beta[r]);
+                for (int j = 0; j < 4; j++) {
+                    const float2 f = unpack(e[j]);
+                    e[j] = pack(f.x * beta[r], f.y * beta[r]);
+                }
+                *reinterpret_cast<uint4*>(to.v + (at + r) * s.drow + h * D + part * C + c) = w;
             }
-            *reinterpret_cast<uint4*>(to.v + (at + r) * s.drow + h * D + c) = w;
         }
-    }
-    copy_wait<0>();
-    __syncthreads();
-
-    float aq[NT][4], row[NT][4], col[NT][4];
-    clear(aq), clear(row), clear(col);
-#pragma unroll 2
-    for (int d = 0; d < D; d += 16) {
-        uint32_t fg[4], fx[4], fy[4], fb[4];
-        frag_a<false, LD>(fg, sh.grad, m0, d);
-        frag_a<false, LD>(fx, sh.x, m0, d);
-        frag_a<false, LD>(fy, sh.y, m0, d);
+        if (GATE == SCALAR) {  // of the two states: the gradient of e^{G_C}
 #pragma unroll
-        for (int j = 0; j < NT; j += 2) {
-            frag_b<true, LD>(fb, sh.h, d, n0 + j * 8);
-            mma(aq[j], fg, fb[0], fb[1]), mma(aq[j + 1], fg, fb[2], fb[3]);
-            mma(row[j], fx, fb[0], fb[1]), mma(row[j + 1], fx, fb[2], fb[3]);
-            frag_b<true, LD>(fb, sh.dh, d, n0 + j * 8);
-            mma(col[j], fy, fb[0], fb[1]), mma(col[j + 1], fy, fb[2], fb[3]);
+            for (int n = 0; n < D * 8 / 512; n++) {
+                const int i = tid + n * 512, r = i / 8, c = i % 8 * 8;
+                const uint4 p = *reinterpret_cast<const uint4*>(half.h + r * LC + c);
+                const uint4 w = *reinterpret_cast<const uint4*>(half.dh + r * LC + c);
+                const uint32_t u[4] = {p.x, p.y, p.z, p.w}, v[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 f = unpack(u[e]), o = unpack(v[e]);
+                    state_dot += f.x * o.x + f.y * o.y;
+                }
+            }
         }
+        __syncthreads();
     }
+    // dP and dM with everything that makes them multiply the stored q and k
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int i = m0 + g + e / 2 * 8, c = c0 + j * 8 + 2 * t + e % 2;
+            if (i == c) sh.beta[i] = dm[j][e];
+            const float f = (GATE == SCALAR ? exp2_fast(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * beta[c] * rk[c];
+            dp[j][e] = c <= i ? dp[j][e] * f * rq[i] * s.scale : 0.0f;
+            dm[j][e] = c < i ? -dm[j][e] * f * rk[i] * beta[i] : 0.0f;
+        }
+    put<2, LC>(sh.dp, dp, m0, c0);
+    put<2, LC>(sh.dm, dm, m0, c0);
     {
-        const RowScales lo = row_scales<GATE>(sh.vec, i0, s.scale), hi = row_scales<GATE>(sh.vec, i1, s.scale);
+        const RowScales lo = row_scales<GATE>(vec, i0, s.scale), hi = row_scales<GATE>(vec, i1, s.scale);
         scale_rows(aq, lo.q, hi.q);
         scale_rows(row, -lo.kd * lo.beta, -hi.kd * hi.beta);
         scale_rows(col, lo.ke * lo.beta, hi.ke * hi.beta);
     }
     if (GATE == SCALAR) {
-        row_dots<NT, LD>(sh.dots[3][group], col, sh.k, m0, n0);
-        float dot = 0;  // of the two states: the gradient of e^{G_C}
-        for (int i = tid; i < D * D / 2; i += 512) {
-            const int r = i / (D / 2), c = i % (D / 2) * 2;
-            const float2 p = unpack(*reinterpret_cast<const uint32_t*>(sh.h + r * LD + c));
-            const float2 w = unpack(*reinterpret_cast<const uint32_t*>(sh.dh + r * LD + c));
-            dot += p.x * w.x + p.y * w.y;
-        }
-        dot = warp_sum(dot);
-        if (lane == 0) sh.sums[warp] = dot;
+        state_dot = warp_sum(state_dot);
+        if (lane == 0) sh.sums[warp] = state_dot;
     }
+    copy_wait<1>();
+    __syncthreads();
+    if (GATE == SCALAR) row_dots<NT, LD>(sh.dots[3][group], col, sh.k, m0, n0);
     product<NT, false, false, LC, LD>(aq, sh.dp, sh.k, m0, n0, 0, m0 + 16);
     product<NT, false, false, LC, LD>(row, sh.dm, sh.k, m0, n0, 0, m0 + 16);
     product<NT, true, false, LC, LD>(col, sh.dm, sh.k, m0, n0, m0, C);
@@ -799,6 +820,8 @@ __global__ void __launch_bounds__(512) local_back(const bf16* q, const bf16* k, 
     __syncthreads();
     store_rows<D, LD, 512>(to.q + at * s.drow + h * D, sh.q, s.drow, valid);
     store_rows<D, LD, 512>(to.k + at * s.drow + h * D, sh.k, s.drow, valid);
+    __syncthreads();
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------- KDA
@@ -1348,6 +1371,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, 
     return cudaGetLastError();
 }
 
+int processors() {
+    int device = 0, count = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 #define TRY(x)                                  \
     do {                                        \
         const cudaError_t e_ = (x);             \
@@ -1389,11 +1419,13 @@ cudaError_t backward(const bf16* q, const bf16* k, const bf16* gk, const bf16* g
                      bf16* x, Grads to, Saved a, Shape s, cudaStream_t stream) {
     if (s.batch * s.heads < FEW) TRY((run_scan_back<D, 32, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
     else TRY((run_scan_back<D, 64, GATE>(q, k, grad, last, first, dh, x, a, s, stream)));
+    const int tiles = s.chunks * s.batch * s.heads;
     const dim3 grid(s.chunks, s.batch * s.heads);
     if constexpr (GATE == CHANNEL)
         return launch(local_back_kda<D>, grid, 512, sizeof(LocalKda<D>), stream, q, k, gk, grad, x, dh, a, to, s);
     else
-        return launch(local_back<D, GATE>, grid, 512, sizeof(LocalShared<D>), stream, q, k, grad, x, dh, a, to, s);
+        return launch(local_back<D, GATE>, dim3(min(tiles, processors())), 512, sizeof(LocalShared<D>), stream, q, k, grad, x, dh,
+                      a, to, s, tiles);
 }
 
 bool fits(int batch, int time, int heads, int kv_heads, int dim, int gate) {

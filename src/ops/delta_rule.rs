@@ -435,10 +435,6 @@ impl Core<'_> {
         (key, key + rule.kv_heads)
     }
 
-    fn values(&self, b: usize, h: usize, start: usize, rows: usize) -> Mat {
-        Mat::new(self.qkv, self.at(b, start, self.key_value(h).1), rows, self.dim(), self.packed() * self.dim())
-    }
-
     fn starts(&self) -> Vec<usize> {
         (0..self.op.time).step_by(CHUNK).collect()
     }
@@ -1227,7 +1223,7 @@ mod tests {
     fn distance(x: &Tensor, wanted: &[f64]) -> f64 {
         let x = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let size = wanted.iter().fold(1e-6, |m: f64, v| m.max(v.abs()));
-        x.iter().zip(wanted).fold(0.0, |m, (a, b)| m.max((a - b).abs())) / size
+        x.iter().zip(wanted).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / size
     }
 
     #[test]
@@ -1353,8 +1349,8 @@ mod tests {
                     }
                     let rule = DeltaRule { heads: 2, kv_heads, scale: (dim as f64).powf(-0.5), normalize: true };
                     let mut x = inputs(kind, &rule, gate, 1, time, dim);
-                    for i in [0, 3].into_iter().filter(|i| *i < x.len()) {
-                        x[i] = x[i].to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
+                    for x in x.iter_mut().step_by(3) {
+                        *x = x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
                     }
                     let oracle = run(&rule, gate, &x, &Device::Cpu, DType::F64, DType::F64).unwrap();
                     let ours = run(&rule, gate, &x, &device, DType::BF16, DType::F32).unwrap();
