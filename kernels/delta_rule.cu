@@ -356,6 +356,10 @@ __global__ void __launch_bounds__(128) prepare(const bf16* q, const bf16* k, con
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int i = m0 + g + e / 2 * 8, c = j * 8 + 2 * t + e % 2;
+            if (j > 2 * warp + 1) {
+                sh.m[i * LM + c] = 0.0f;
+                continue;
+            }
             const float decay = (GATE == SCALAR ? exp2_fast(fminf(sum[i] - sum[c], 0.0f) * LOG2E) : 1.0f) * rk[c];
             sh.m[i * LM + c] = c < i ? kk[j][e] * decay * rk[i] : 0.0f;
             qk[j][e] = c <= i ? qk[j][e] * decay * rq[i] * s.scale : 0.0f;
@@ -445,7 +449,6 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
     const int m0 = warp % 4 * 16, n0 = warp / 4 * NT * 8, d0 = warp * 16;
     q += h * D, k += hk * D, v += hk * D + col;
     load_stage<D, BV, GATE, false>(sh.stage[0], q, k, v, s.row, a, s, bh, 0);
-    if (N > 1 && s.chunks > 1) load_stage<D, BV, GATE, false>(sh.stage[N - 1], q, k, v, s.row, a, s, bh, 1);
 
     float state[NS][4];
     clear(state);
@@ -459,9 +462,10 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
     put<NS, LV>(sh.s, state, d0, 0);
     for (int chunk = 0; chunk < s.chunks; chunk++) {
         auto& st = sh.stage[chunk % N];
-        if (N > 1 && chunk + 1 < s.chunks) copy_wait<1>();
-        else copy_wait<0>();
+        copy_wait<0>();
         __syncthreads();
+        if (N > 1 && chunk + 1 < s.chunks)
+            load_stage<D, BV, GATE, false>(sh.stage[(chunk + 1) % N], q, k, v, s.row, a, s, bh, chunk + 1);
         const long ch = (long)bh * s.chunks + chunk;
         const int valid = min(C, s.time - chunk * C);
         if (keep) {
@@ -513,8 +517,10 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
         product<NT, false, false, LC, LV>(out, st.p, sh.u, m0, n0, 0, m0 + 16);
         const long at = (long)b * s.time + chunk * C;
         put_global<NT>(o + (at * s.heads + h) * D + col, (long)s.heads * D, out, m0, n0, valid);
-        __syncthreads();
-        if (chunk + N < s.chunks) load_stage<D, BV, GATE, false>(st, q, k, v, s.row, a, s, bh, chunk + N);
+        if (N == 1) {
+            __syncthreads();
+            if (chunk + 1 < s.chunks) load_stage<D, BV, GATE, false>(st, q, k, v, s.row, a, s, bh, chunk + 1);
+        }
     }
     if (last) {
         float* to = last + ((long)bh * D + d0) * D + col;
@@ -539,7 +545,6 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
     const long grow = (long)s.heads * D;
     q += h * D, k += hk * D, grad += h * D + col;
     load_stage<D, BV, GATE, true>(sh.stage[0], q, k, grad, grow, a, s, bh, end);
-    if (N > 1 && end > 0) load_stage<D, BV, GATE, true>(sh.stage[N - 1], q, k, grad, grow, a, s, bh, end - 1);
 
     float state[NS][4];
     clear(state);
@@ -554,9 +559,10 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
     for (int step = 0; step <= end; step++) {
         const int chunk = end - step;
         auto& st = sh.stage[step % N];
-        if (N > 1 && step < end) copy_wait<1>();
-        else copy_wait<0>();
+        copy_wait<0>();
         __syncthreads();
+        if (N > 1 && chunk > 0)
+            load_stage<D, BV, GATE, true>(sh.stage[(step + 1) % N], q, k, grad, grow, a, s, bh, chunk - 1);
         const long ch = (long)bh * s.chunks + chunk;
         for (int i = threadIdx.x; i < D * BV / 8; i += WARPS * 32) {
             const int r = i / (BV / 8), c = i % (BV / 8) * 8;
@@ -593,8 +599,10 @@ __global__ void __launch_bounds__(WARPS * 32, STAGES<D, BV, GATE> == 1 ? 2 : 1) 
         product<NS, true, false, LD, LV>(state, st.q, GATE == CHANNEL ? st.v : sh.u, d0, 0, 0, C);
         product<NS, true, false, LD, LV>(state, st.k, sh.ue, d0, 0, 0, C);
         put<NS, LV>(sh.s, state, d0, 0);
-        __syncthreads();
-        if (chunk >= N) load_stage<D, BV, GATE, true>(st, q, k, grad, grow, a, s, bh, chunk - N);
+        if (N == 1) {
+            __syncthreads();
+            if (chunk > 0) load_stage<D, BV, GATE, true>(st, q, k, grad, grow, a, s, bh, chunk - 1);
+        }
     }
     if (first) {
         float* to = first + ((long)bh * D + d0) * D + col;
