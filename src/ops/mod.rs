@@ -15,6 +15,7 @@ pub(crate) mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod delta_rule;
 pub mod feature_map;
 pub mod head_loss;
 pub mod hybrid_attn;
