@@ -16,6 +16,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod feature_map;
+pub mod gated_linear_attn;
 pub mod head_loss;
 pub mod hybrid_attn;
 pub mod linear;
