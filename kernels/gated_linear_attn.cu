@@ -160,6 +160,11 @@ __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, float x, float y) 
     return pack(v.x * x, v.y * y);
 }
 
+// A number as a type, for lambdas.
+template <int N> struct Width {
+    static constexpr int value = N;
+};
+
 __device__ __forceinline__ void zero(float (&c)[4]) { c[0] = c[1] = c[2] = c[3] = 0.0f; }
 
 // ------------------------------------------------------------------------------------------------------------- states
@@ -997,8 +1002,9 @@ __global__ void __launch_bounds__(512, 1) vector_grad_kernel(const ChunkArgs<G> 
     bf16* dy = v + 64 * V;
     bf16* state = dy + 64 * V;
     bf16* dstate = state + K * V;
-    bf16* scaled_rows = dstate + K * V;  // two of [64][K]
-    bf16* weights = scaled_rows + 128 * K;
+    bf16* scaled32 = dstate + K * V;  // [64][K]: rows scaled for level 32, later keys as the state takes them
+    bf16* scaled16 = scaled32 + 64 * K;  // rows scaled for level 16 and lower
+    bf16* weights = scaled16 + 64 * K;
     bf16* dweights = weights + LOWER;  // diagonal blocks hold both triangles
     float* sums = reinterpret_cast<float*>(dweights + LOWER);  // later q dq - k dk
     float* parts = sums + 64 * (K + 8);                        // [THREADS / (K / 2)][K], at most [16][64]
@@ -1025,60 +1031,75 @@ __global__ void __launch_bounds__(512, 1) vector_grad_kernel(const ChunkArgs<G> 
     copy_wait<1>();
     __syncthreads();
 
-    // Rows scaled for level h into one of the two buffers; level 0 stands for the keys as the state takes them.
+    // Rows scaled for levels 32 and 16, by all threads together.
     const auto fill = [&](int h, bf16* to) {
 #pragma unroll
         for (int i = 0; i < 64 * K / 2; i += THREADS) {
             const int y = (i + threadIdx.x) / (K / 2), d = (i + threadIdx.x) % (K / 2) * 2;
-            const int anchor = h == 0 ? 63 : (y & ~(2 * h - 1)) + h - 1;
             const float2 x = load2(at<K>(y & h ? q : k, y, d)), own = load2(sums + y * (K + 8) + d);
-            const float2 far = load2(sums + anchor * (K + 8) + d);
+            const float2 far = load2(sums + ((y & ~(2 * h - 1)) + h - 1) * (K + 8) + d);
             store2(at<K>(to, y, d), make_float2(x.x * exp2_fast(-fabsf(own.x - far.x)), x.y * exp2_fast(-fabsf(own.y - far.y))));
         }
     };
-    fill(32, scaled_rows);
-    if (c < 2 && a.dv == nullptr) {
-        // no need of the weights
-    } else if (c == 0) {
-        weigh_diagonal<K>(weights, q, k, sums, r, a.scale);
-    } else if (c == 1) {
-        if (r > 0) weigh_earlier<K>(weights, q, k, sums, r, a.scale);
-    } else {
+    fill(32, scaled32);
+    fill(16, scaled16);
+    copy_wait<0>();
+    __syncthreads();
+
+    // The ten blocks of dweights and the six of weights off the diagonal, each by one warp.
+    const auto block_product = [&](int task) {
+        float p[2][4];
+        zero(p[0]), zero(p[1]);
+        const auto multiply = [&](auto width, bf16* x, int m0, bf16* y, int n0) {
+            constexpr int W = decltype(width)::value;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int kb = c - 2 + 2 * half;
-            if (kb > r) break;
-            float p[2][4];
-            zero(p[0]), zero(p[1]);
-#pragma unroll
-            for (int d = 0; d < V; d += 16) {
+            for (int d = 0; d < W; d += 16) {
                 uint32_t fa[4], fb[4];
-                frag_a<V>(fa, dy, r * 16, d);
-                frag_b_t<V>(fb, v, kb * 16, d);
+                frag_a<W>(fa, x, m0, d);
+                frag_b_t<W>(fb, y, n0, d);
                 mma(p[0], fa, fb[0], fb[1]);
                 mma(p[1], fa, fb[2], fb[3]);
             }
-            bf16* block = lower_block(dweights, r, kb);
+        };
+        if (task < 10) {
+            const int b = task < 1 ? 0 : task < 3 ? 1 : task < 6 ? 2 : 3, kb = task - b * (b + 1) / 2;
+            multiply(Width<V>{}, dy, b * 16, v, kb * 16);
+            bf16* block = lower_block(dweights, b, kb);
 #pragma unroll
             for (int n = 0; n < 2; n++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int i = g + 8 * (e / 2), j = n * 8 + 2 * t + e % 2;
                     const float x = a.scale * p[n][e];
-                    if (kb < r) {
+                    if (kb < b) {
                         *lower_at(block, i, j) = from_float<bf16>(x);
                     } else if (j < i) {
                         *lower_at(block, i, j) = *lower_at(block, j, i) = from_float<bf16>(x);
                     } else if (j == i) {
                         *lower_at(block, i, j) = from_float<bf16>(x);
-                        same[r * 16 + i] = x;
+                        same[b * 16 + i] = x;
                     }
                 }
             }
+        } else if (a.dv != nullptr) {
+            // (2, 0), (2, 1), (3, 0), (3, 1) of level 32, (1, 0), (3, 2) of level 16
+            const int n = task - 10, b = n < 4 ? 2 + n / 2 : n == 4 ? 1 : 3, kb = n < 4 ? n % 2 : b - 1;
+            bf16* x = n < 4 ? scaled32 : scaled16;
+            multiply(Width<K>{}, x, b * 16, x, kb * 16);
+            bf16* block = lower_block(weights, b, kb);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                store2(lower_at(block, g, n * 8 + 2 * t), make_float2(a.scale * p[n][0], a.scale * p[n][1]));
+                store2(lower_at(block, g + 8, n * 8 + 2 * t), make_float2(a.scale * p[n][2], a.scale * p[n][3]));
+            }
         }
+    };
+    if (c == 0) {
+        if (a.dv != nullptr) weigh_diagonal<K>(weights, q, k, sums, r, a.scale);
+    } else {
+        block_product(warp - 4);
+        if (warp < 8) block_product(warp + 8);
     }
-    copy_wait<0>();
-    __syncthreads();
 
     const bool all = a.dk != nullptr;  // else dq alone
     float dq[DK / 8][4], dk[DK / 8][4];
@@ -1100,6 +1121,7 @@ __global__ void __launch_bounds__(512, 1) vector_grad_kernel(const ChunkArgs<G> 
             mma(dk[n + 1], fc, fb[2], fb[3]);
         }
     }
+    float2 own[DK / 8][2];  // sums of gates where this thread has elements of dq and dk
 #pragma unroll
     for (int n = 0; n < DK / 8; n++) {
         const int d = c * DK + n * 8 + 2 * t;
@@ -1107,11 +1129,13 @@ __global__ void __launch_bounds__(512, 1) vector_grad_kernel(const ChunkArgs<G> 
         float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float2 own = load2(sums + (row + 8 * half) * (K + 8) + d), key = load2(at<K>(k, row + 8 * half, d));
-            dq[n][2 * half] *= a.scale * exp2_fast(own.x), dq[n][2 * half + 1] *= a.scale * exp2_fast(own.y);
-            dk[n][2 * half] *= exp2_fast(fminf(last.x - own.x, 0.0f)), dk[n][2 * half + 1] *= exp2_fast(fminf(last.y - own.y, 0.0f));
+            const float2 mine = own[n][half] = load2(sums + (row + 8 * half) * (K + 8) + d);
+            const float2 key = load2(at<K>(k, row + 8 * half, d));
+            dq[n][2 * half] *= a.scale * exp2_fast(mine.x), dq[n][2 * half + 1] *= a.scale * exp2_fast(mine.y);
+            dk[n][2 * half] *= exp2_fast(fminf(last.x - mine.x, 0.0f)), dk[n][2 * half + 1] *= exp2_fast(fminf(last.y - mine.y, 0.0f));
             total.x += key.x * dk[n][2 * half], total.y += key.y * dk[n][2 * half + 1];
         }
+        if (a.dgates == nullptr) continue;
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) {
             total.x += __shfl_xor_sync(0xffffffffu, total.x, step);
@@ -1136,85 +1160,132 @@ __global__ void __launch_bounds__(512, 1) vector_grad_kernel(const ChunkArgs<G> 
             if (piece == 0) through[y] = sum * exp2_fast(sums[63 * (K + 8) + y]);
         }
     }
+    __syncthreads();
 
-#pragma unroll 1
-    for (int level = 0; level < 6; level++) {
-        const int h = 32 >> level;
-        bf16* x = scaled_rows + level % 2 * 64 * K;
-        fill(h / 2, scaled_rows + (level + 1) % 2 * 64 * K);
-        float acc[DK / 8][4];
+    float acc[DK / 8][4];
+    const auto clear = [&] {
 #pragma unroll
         for (int n = 0; n < DK / 8; n++) zero(acc[n]);
-        const auto product = [&](const uint32_t(&fa)[4], int kb) {
+    };
+    const auto product = [&](const uint32_t(&fa)[4], bf16* x, int kb) {
 #pragma unroll
-            for (int n = 0; n < DK / 8; n += 2) {
-                uint32_t fb[4];
-                frag_b<K>(fb, x, kb * 16, c * DK + n * 8);
-                mma(acc[n], fa, fb[0], fb[1]);
-                mma(acc[n + 1], fa, fb[2], fb[3]);
-            }
-        };
-        uint32_t fa[4];
-        if (level == 0) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (r >= 2) {
-                    lower_a(fa, lower_block(dweights, r, j));
-                } else {
-                    lower_a_t(fa, lower_block(dweights, 2 + j, r));
-                }
-                product(fa, r >= 2 ? j : 2 + j);
-            }
-        } else if (level == 1) {
-            if (r & 1) {
-                lower_a(fa, lower_block(dweights, r, r - 1));
-            } else {
-                lower_a_t(fa, lower_block(dweights, r + 1, r));
-            }
-            product(fa, r ^ 1);
-        } else {
-            lower_a(fa, lower_block(dweights, r, r));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int y = g + i % 2 * 8, z = 2 * t + i / 2 * 8, lo = y ^ z, hi = y ^ (z + 1);
-                fa[i] &= (lo >= h && lo < 2 * h ? 0xffffu : 0u) | (hi >= h && hi < 2 * h ? 0xffff0000u : 0u);
-            }
-            product(fa, r);
+        for (int n = 0; n < DK / 8; n += 2) {
+            uint32_t fb[4];
+            frag_b<K>(fb, x, kb * 16, c * DK + n * 8);
+            mma(acc[n], fa, fb[0], fb[1]);
+            mma(acc[n + 1], fa, fb[2], fb[3]);
         }
+    };
+    const auto add_far = [&](int anchor, bool upper) {
+#pragma unroll
+        for (int n = 0; n < DK / 8; n++) {
+            const float2 far = load2(sums + anchor * (K + 8) + c * DK + n * 8 + 2 * t);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float lo = acc[n][2 * half] * exp2_fast(-fabsf(own[n][half].x - far.x));
+                const float hi = acc[n][2 * half + 1] * exp2_fast(-fabsf(own[n][half].y - far.y));
+                if (upper) {
+                    dq[n][2 * half] += lo, dq[n][2 * half + 1] += hi;
+                } else {
+                    dk[n][2 * half] += lo, dk[n][2 * half + 1] += hi;
+                }
+            }
+        }
+    };
+    uint32_t fa[4];
+    clear();
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        if (r >= 2) {
+            lower_a(fa, lower_block(dweights, r, j));
+        } else {
+            lower_a_t(fa, lower_block(dweights, 2 + j, r));
+        }
+        product(fa, scaled32, r >= 2 ? j : 2 + j);
+    }
+    add_far(31, r >= 2);
+    clear();
+    if (r & 1) {
+        lower_a(fa, lower_block(dweights, r, r - 1));
+    } else {
+        lower_a_t(fa, lower_block(dweights, r + 1, r));
+    }
+    product(fa, scaled16, r ^ 1);
+    add_far((r | 1) * 16 - 1, r & 1);
+    __syncthreads();
+
+    // The other levels stay inside the warp's rows and channels, in its part of one buffer.
+    const auto near = [&](auto height) {
+        constexpr int h = decltype(height)::value;
+        float2 f[DK / 8][2];
+        const bool low_upper = h < 8 && (g & h), high_upper = h == 8 || (g & h);
+        const int anchor = h == 8 ? 7 : (g & ~(2 * h - 1)) + h - 1, anchor8 = h == 8 ? 7 : anchor + 8;
+#pragma unroll
+        for (int n = 0; n < DK / 8; n++) {
+            const int d = c * DK + n * 8 + 2 * t;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float2 far = load2(sums + (r * 16 + (half ? anchor8 : anchor)) * (K + 8) + d);
+                f[n][half] = make_float2(exp2_fast(-fabsf(own[n][half].x - far.x)), exp2_fast(-fabsf(own[n][half].y - far.y)));
+                const float2 x = load2(at<K>((half ? high_upper : low_upper) ? q : k, row + 8 * half, d));
+                store2(at<K>(scaled16, row + 8 * half, d), make_float2(x.x * f[n][half].x, x.y * f[n][half].y));
+            }
+        }
+        __syncwarp();
+        lower_a(fa, lower_block(dweights, r, r));
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int y = g + i % 2 * 8, z = 2 * t + i / 2 * 8, lo = y ^ z, hi = y ^ (z + 1);
+            fa[i] &= (lo >= h && lo < 2 * h ? 0xffffu : 0u) | (hi >= h && hi < 2 * h ? 0xffff0000u : 0u);
+        }
+        clear();
+        product(fa, scaled16, r);
+        __syncwarp();
 #pragma unroll
         for (int n = 0; n < DK / 8; n++) {
             const int d = c * DK + n * 8 + 2 * t;
             float2 off[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int y = row + 8 * half, anchor = (y & ~(2 * h - 1)) + h - 1;
-                const bool upper = y & h;
-                const float2 own = load2(sums + y * (K + 8) + d), far = load2(sums + anchor * (K + 8) + d);
-                const float lo = acc[n][2 * half] * exp2_fast(-fabsf(own.x - far.x));
-                const float hi = acc[n][2 * half + 1] * exp2_fast(-fabsf(own.y - far.y));
+                const bool upper = half ? high_upper : low_upper;
+                const float lo = acc[n][2 * half] * f[n][half].x, hi = acc[n][2 * half + 1] * f[n][half].y;
                 dq[n][2 * half] += upper ? lo : 0.0f, dq[n][2 * half + 1] += upper ? hi : 0.0f;
                 dk[n][2 * half] += upper ? 0.0f : lo, dk[n][2 * half + 1] += upper ? 0.0f : hi;
-                const float2 x = load2(at<K>(upper ? q : k, y, d));
+                const float2 x = load2(at<K>(upper ? q : k, row + 8 * half, d));
                 off[half] = upper ? make_float2(-x.x * lo, -x.y * hi) : make_float2(x.x * lo, x.y * hi);
             }
             // Of a block's pairs, k dk over the lower half and q dq over the upper half are equal but for rounding. Summed over
             // all earlier rows that would drown small gradients of gates, so the anchor takes back the difference.
-            if (h > 8 || a.dgates == nullptr) continue;
+            if (a.dgates == nullptr) continue;
             if (h == 8) off[0].x += off[1].x, off[0].y += off[1].y;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                if (h == 8 && half == 1) break;
+            for (int half = 0; half < (h == 8 ? 1 : 2); half++) {
 #pragma unroll
-                for (int bit = 1; bit < 8; bit *= 2) {
-                    if (bit >= 2 * h) break;
+                for (int bit = 1; bit < 8 && bit < 2 * h; bit *= 2) {
                     off[half].x += __shfl_xor_sync(0xffffffffu, off[half].x, 4 * bit);
                     off[half].y += __shfl_xor_sync(0xffffffffu, off[half].y, 4 * bit);
                 }
-                if ((g & (2 * h - 1) & 7) == h - 1) store2(left + (row + 8 * half) * K + d, off[half]);
+                if ((g & (2 * h - 1)) == h - 1) store2(left + (row + 8 * half) * K + d, off[half]);
             }
         }
-        __syncthreads();
+    };
+    near(Width<8>{});
+    near(Width<4>{});
+    near(Width<2>{});
+    near(Width<1>{});
+    // Keys as the state takes them, for dv.
+#pragma unroll
+    for (int n = 0; n < DK / 8; n++) {
+        const int d = c * DK + n * 8 + 2 * t;
+        const float2 last = load2(sums + 63 * (K + 8) + d);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float2 x = load2(at<K>(k, row + 8 * half, d));
+            store2(at<K>(scaled32, row + 8 * half, d), make_float2(x.x * exp2_fast(fminf(last.x - own[n][half].x, 0.0f)),
+                                                                   x.y * exp2_fast(fminf(last.y - own[n][half].y, 0.0f))));
+        }
     }
+    __syncthreads();
 
     // q dq - k dk over the sums of gates, which are no longer needed; then the pair i = j joins.
 #pragma unroll
@@ -1241,14 +1312,14 @@ __global__ void __launch_bounds__(512, 1) vector_grad_kernel(const ChunkArgs<G> 
         if (a.dq != nullptr) store_rows(a.dq + to, a.heads * K, row, span.rows, dq[n], dq[n + 1]);
         if (all) store_rows(a.dk + to, a.heads * K, row, span.rows, dk[n], dk[n + 1]);
     }
-    if (a.dv != nullptr) {  // the keys as the state takes them came last, into the first buffer
+    if (a.dv != nullptr) {
         float acc[DV / 8][4];
 #pragma unroll
         for (int n = 0; n < DV / 8; n++) zero(acc[n]);
 #pragma unroll
         for (int d = 0; d < K; d += 16) {
             uint32_t fa[4];
-            frag_a<K>(fa, scaled_rows, r * 16, d);
+            frag_a<K>(fa, scaled32, r * 16, d);
 #pragma unroll
             for (int n = 0; n < DV / 8; n += 2) {
                 uint32_t fb[4];

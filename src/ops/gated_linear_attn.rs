@@ -5,10 +5,11 @@
 //! ```
 //!
 //! With a gate per key channel it is GLA, HGRN2 and the second pass of GSA; with one per head RetNet, lightning attention,
-//! simple GLA, SSD and Lizard's gated branch.
+//! simple GLA, SSD and Lizard's gated branch. With a gate per value channel (`S_t = S_{t-1} exp(g_t) + k_t v_tᵀ`) it is the
+//! first pass of GSA.
 //!
-//! Shapes: `q`, `k` [B, T, H, K], `v` [B, T, H, V], result [B, T, H, V]; `gates` are natural logarithms, [B, T, H, K] per
-//! channel, [B, T, H] per head or `[H]` constant; states [B, H, K, V] in f32 or wider. Packed sequences have B = 1 and
+//! Shapes: `q`, `k` [B, T, H, K], `v` [B, T, H, V], result [B, T, H, V]; `gates` are natural logarithms, [B, T, H, K] (or V)
+//! per channel, [B, T, H] per head or `[H]` constant; states [B, H, K, V] in f32 or wider. Packed sequences have B = 1 and
 //! their bounds, and one state each.
 //!
 //! Chunkwise, with G the sums of the gates inside a chunk and S the state before it:
@@ -23,6 +24,10 @@
 //! pairs by the highest bit h in which the rows' places differ: row i is in the upper half of a block of 2h, key j in its
 //! lower half, and with a the last row of the lower half `e^{G_i - G_j} = e^{G_i - G_a} e^{G_a - G_j}`. So each of six
 //! levels is a plain product of one scaled copy of the rows with itself. Gates below [`LOWEST`] count as that.
+//!
+//! Gates per value channel need no code of their own: with `A` for `q_i`, `k_j` and their decay the sum
+//! `Σ A_ij (v_j·y_i)` gives the result above as its derivative by y, and by q the form with gated values, where y, v, k
+//! stand for queries, keys and values. So that result is a ∂q, and its gradients are a result and the other gradients.
 
 use std::sync::{Arc, Mutex};
 
@@ -37,10 +42,19 @@ pub const LOWEST: f64 = -128.0;
 /// Rows per chunk of the fast forms.
 const CHUNK: usize = 64;
 
+/// The channels that gates per channel belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channels {
+    Keys,
+    Values,
+}
+
 /// The op's constants.
 #[derive(Debug, Clone, Copy)]
 pub struct GatedLinearAttn {
     pub scale: f64,
+    /// Which side of the state decays, with gates per channel.
+    pub gated: Channels,
 }
 
 impl GatedLinearAttn {
@@ -88,7 +102,8 @@ impl GatedLinearAttn {
         let states = bounds.map_or(b, |b| b.len() - 1);
         let per_channel = gates.rank() == 4;
         let gates = if gates.rank() == 1 { gates.reshape((1, 1, h))?.broadcast_as((b, t, h))? } else { gates.clone() };
-        let wanted = if per_channel { vec![b, t, h, key_dim] } else { vec![b, t, h] };
+        let channels = if self.gated == Channels::Keys { key_dim } else { value_dim };
+        let wanted = if per_channel { vec![b, t, h, channels] } else { vec![b, t, h] };
         if k.dims() != q.dims() || v.dims() != [b, t, h, value_dim] || gates.dims() != wanted {
             bail!(
                 "gated attention of queries {:?} got keys {:?}, values {:?}, gates {:?}",
@@ -104,7 +119,7 @@ impl GatedLinearAttn {
             bail!("gated attention needs states [{states}, {h}, {key_dim}, {value_dim}], got {:?}", s.dims())
         }
         #[cfg(feature = "cuda")]
-        if gpu::ready(q, v) {
+        if gpu::ready(self, q, v, &gates) {
             return gpu::forward(self, q, k, v, &gates, initial, bounds);
         }
         if super::fast(q) {
@@ -123,12 +138,13 @@ impl GatedLinearAttn {
         Ok((Tensor::cat(&results, 1)?, Tensor::cat(&finals, 0)?))
     }
 
-    /// One token: q, k [B, H, K], v [B, H, V], gates [B, H, K], [B, H] or `[H]`, state [B, H, K, V]; the result [B, H, V] and
-    /// the next state.
+    /// One token: q, k [B, H, K], v [B, H, V], gates [B, H, K] (or V), [B, H] or `[H]`, state [B, H, K, V]; the result
+    /// [B, H, V] and the next state.
     pub fn step(&self, q: &Tensor, k: &Tensor, v: &Tensor, gates: &Tensor, state: &Tensor) -> Result<(Tensor, Tensor)> {
         let wide = |x: &Tensor| x.to_dtype(state.dtype());
         let decay = wide(gates)?.maximum(LOWEST)?.exp()?;
         let decay = match gates.rank() {
+            3 if self.gated == Channels::Values => decay.unsqueeze(2)?,
             3 => decay.unsqueeze(3)?,
             2 => decay.unsqueeze(2)?.unsqueeze(3)?,
             _ => decay.reshape((1, (), 1, 1))?,
@@ -186,20 +202,29 @@ impl GatedLinearAttn {
             let sums = part(&gates)?.cumsum(2)?; // [B, H, n, K or 1]
             let causal = Tensor::tril2(n, dtype, q.device())?;
             let outside = ((&causal - 1.0)? * 1e30)?;
-            let weights = if per_channel {
-                let gaps = sums.unsqueeze(3)?.broadcast_sub(&sums.unsqueeze(2)?)?; // [B, H, n, n, K]
-                let decay = gaps.broadcast_add(&outside.unsqueeze(2)?)?.exp()?;
-                decay.broadcast_mul(&q.unsqueeze(3)?)?.broadcast_mul(&k.unsqueeze(2)?)?.sum(D::Minus1)?
-            } else {
-                let gaps = sums.broadcast_sub(&sums.transpose(2, 3)?)?; // [B, H, n, n]
-                (q.matmul(&k.t()?)? * gaps.broadcast_add(&outside)?.exp()?)?
-            };
-            let carried = q.broadcast_mul(&sums.exp()?)?.matmul(&state)?;
-            rows.push((weights.matmul(&v)? + carried)?);
             let last = sums.narrow(2, n - 1, 1)?;
-            let keys = k.broadcast_mul(&last.broadcast_sub(&sums)?.exp()?)?;
-            let decay = last.exp()?.transpose(2, 3)?;
-            state = (state.broadcast_mul(&decay)? + keys.t()?.matmul(&v)?)?;
+            let (decay, rest) = (sums.exp()?, last.broadcast_sub(&sums)?.exp()?);
+            let gaps = if per_channel {
+                let gaps = sums.unsqueeze(3)?.broadcast_sub(&sums.unsqueeze(2)?)?; // [B, H, n, n, channels]
+                gaps.broadcast_add(&outside.unsqueeze(2)?)?.exp()?
+            } else {
+                sums.broadcast_sub(&sums.transpose(2, 3)?)?.broadcast_add(&outside)?.exp()? // [B, H, n, n]
+            };
+            if per_channel && self.gated == Channels::Values {
+                let weights = q.matmul(&k.t()?)?.unsqueeze(4)?;
+                let inside = gaps.broadcast_mul(&weights)?.broadcast_mul(&v.unsqueeze(2)?)?.sum(3)?;
+                rows.push((inside + (q.matmul(&state)? * decay)?)?);
+                state = (state.broadcast_mul(&last.exp()?)? + k.t()?.matmul(&(v * rest)?)?)?;
+                continue;
+            }
+            let weights = if per_channel {
+                gaps.broadcast_mul(&q.unsqueeze(3)?)?.broadcast_mul(&k.unsqueeze(2)?)?.sum(D::Minus1)?
+            } else {
+                (q.matmul(&k.t()?)? * gaps)?
+            };
+            rows.push((weights.matmul(&v)? + q.broadcast_mul(&decay)?.matmul(&state)?)?);
+            let keys = k.broadcast_mul(&rest)?.t()?;
+            state = (state.broadcast_mul(&last.exp()?.transpose(2, 3)?)? + keys.matmul(&v)?)?;
         }
         if rows.is_empty() {
             return Ok((v.clone(), state));
@@ -230,20 +255,26 @@ impl GatedLinearAttn {
             Some(bounds) => bounds.windows(2).map(|w| (w[0], w[1])).collect(),
             None => (0..b).map(|n| (n * t, (n + 1) * t)).collect::<Vec<_>>(),
         };
-        let shape = (spans.len(), heads, key_dim, v.dim(3)?);
+        let swapped = gates.rank() == 4 && self.gated == Channels::Values;
+        let initial = match initial {
+            Some(state) if swapped => state.t()?.contiguous()?,
+            Some(state) => state.contiguous()?,
+            None => {
+                let (rows, columns) = if swapped { (v.dim(3)?, key_dim) } else { (key_dim, v.dim(3)?) };
+                Tensor::zeros((spans.len(), heads, rows, columns), DType::F32, q.device())?
+            }
+        };
         let call = Arc::new(Call {
             q: q.contiguous()?,
             k: k.contiguous()?,
             v: v.contiguous()?,
             gates: gates.to_dtype(DType::F32)?.contiguous()?,
-            initial: match initial {
-                Some(state) => state.contiguous()?,
-                None => Tensor::zeros(shape, DType::F32, q.device())?,
-            },
+            initial,
             spans,
             scale: self.scale as f32,
+            swapped,
         });
-        let (y, last) = call.with(|core| Ok(core.forward()))?;
+        let (y, last) = call.forward()?;
 
         // Ops have at most three inputs. The result hangs on the gates, the state and a stand-in for queries, keys and
         // values; their gradients, found together with the others, wait for the stand-in's turn.
@@ -255,20 +286,19 @@ impl GatedLinearAttn {
                 None => bail!("gated attention has no gradients to give"),
             });
         let stand_in = call.q.apply_op3(&call.k, &call.v, stand_in)?;
-        let node = {
-            let call = call.clone();
-            Known::new(y, call.v.shape().clone(), move |grad: &Tensor| {
-                let grads = call.with(|core| cpu::with(grad, |dy| Ok(core.backward(dy))))?;
-                let of = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device());
-                if let Ok(mut found) = found.lock() {
-                    *found = Some([of(grads.q, &call.q)?, of(grads.k, &call.k)?, of(grads.v, &call.v)?]);
-                }
-                let nothing = Tensor::zeros(1, DType::F32, grad.device())?;
-                Ok([nothing, of(grads.gates, &call.gates)?, of(grads.initial, &call.initial)?])
-            })
-        };
+        let kept = call.clone();
+        let node = Known::new(y, call.v.shape().clone(), move |grad: &Tensor| {
+            let grads = kept.backward(grad)?;
+            let of = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device());
+            if let Ok(mut found) = found.lock() {
+                *found = Some([of(grads.q, &kept.q)?, of(grads.k, &kept.k)?, of(grads.v, &kept.v)?]);
+            }
+            let nothing = Tensor::zeros(1, DType::F32, grad.device())?;
+            Ok([nothing, of(grads.gates, &kept.gates)?, of(grads.initial, &kept.initial)?])
+        });
         let y = stand_in.apply_op3(&call.gates, &call.initial, node)?;
-        Ok((y, Tensor::from_vec(last, shape, q.device())?))
+        let last = Tensor::from_vec(last, call.initial.shape(), q.device())?;
+        Ok((y, if swapped { last.t()? } else { last }))
     }
 }
 
@@ -327,24 +357,57 @@ struct Call {
     initial: Tensor,
     spans: Vec<(usize, usize)>,
     scale: f32,
+    /// The values' channels are gated: `v` and `k` change places, the states are transposed.
+    swapped: bool,
 }
 
 impl Call {
-    fn with<R>(&self, f: impl FnOnce(&Core) -> Result<R>) -> Result<R> {
-        let (_, _, heads, key_dim) = self.q.dims4()?;
-        let (value_dim, per_channel) = (self.v.dim(3)?, self.gates.rank() == 4);
-        cpu::with(&self.q, |q| {
-            cpu::with(&self.k, |k| {
-                cpu::with(&self.v, |v| {
+    fn core<R>(&self, q: &Tensor, k: &Tensor, v: &Tensor, f: impl FnOnce(&Core) -> R) -> Result<R> {
+        let (_, _, heads, key_dim) = k.dims4()?;
+        let (value_dim, per_channel) = (v.dim(3)?, self.gates.rank() == 4);
+        cpu::with(q, |q| {
+            cpu::with(k, |k| {
+                cpu::with(v, |v| {
                     cpu::with(&self.gates, |gates| {
                         cpu::with(&self.initial, |initial| {
                             let (spans, scale) = (&self.spans, self.scale);
-                            f(&Core { q, k, v, gates, initial, spans, heads, key_dim, value_dim, per_channel, scale })
+                            Ok(f(&Core {
+                                q,
+                                k,
+                                v,
+                                gates,
+                                initial,
+                                spans,
+                                heads,
+                                key_dim,
+                                value_dim,
+                                per_channel,
+                                scale,
+                            }))
                         })
                     })
                 })
             })
         })
+    }
+
+    /// The result and the last states.
+    fn forward(&self) -> Result<(Vec<f32>, Vec<f32>)> {
+        if !self.swapped {
+            return self.core(&self.q, &self.k, &self.v, |core| core.forward());
+        }
+        // What stands for q does not matter: ∂q and the states do not depend on it.
+        self.core(&self.v, &self.v, &self.k, |core| cpu::with(&self.q, |q| Ok((core.backward(q).q, core.forward().1))))?
+    }
+
+    fn backward(&self, grad: &Tensor) -> Result<Grads> {
+        if !self.swapped {
+            return self.core(&self.q, &self.k, &self.v, |core| cpu::with(grad, |dy| Ok(core.backward(dy))))?;
+        }
+        self.core(grad, &self.v, &self.k, |core| {
+            let found = cpu::with(&self.q, |q| Ok(core.backward(q)))?;
+            Ok(Grads { q: core.forward().0, k: found.v, v: found.k, ..found })
+        })?
     }
 }
 
@@ -381,22 +444,22 @@ struct GradBuffers<'a> {
 
 /// What one head's pass over a chunk of `n` rows needs again and again.
 struct Scratch {
-    sums: Vec<f32>,     // [n, K], with one gate per head the same in every channel
-    scaled: Vec<f32>,   // [n, K]
-    weights: Vec<f32>,  // [n, CHUNK]: A
+    sums: Vec<f64>, // [n, K], with one gate per head the same in every channel; differences of large sums are exact
+    scaled: Vec<f32>, // [n, K]
+    weights: Vec<f32>, // [n, CHUNK]: A
     dweights: Vec<f32>, // [n, CHUNK]: ∂A / scale
-    dq: Vec<f32>,       // [n, K]
-    dk: Vec<f32>,       // [n, K]
-    product: Vec<f32>,  // [n, K]
-    flow: Vec<f32>,     // [n, K]: q ∂q - k ∂k without the pairs i = j
-    tail: Vec<f32>,     // [K]: the same over all later rows
+    dq: Vec<f32>,   // [n, K]
+    dk: Vec<f32>,   // [n, K]
+    product: Vec<f32>, // [n, K]
+    flow: Vec<f32>, // [n, K]: q ∂q - k ∂k without the pairs i = j
+    tail: Vec<f32>, // [K]: the same over all later rows
 }
 
 impl Scratch {
     fn new(key_dim: usize) -> Self {
         let rows = || vec![0f32; CHUNK * key_dim];
         Scratch {
-            sums: rows(),
+            sums: vec![0f64; CHUNK * key_dim],
             scaled: rows(),
             weights: vec![0f32; CHUNK * CHUNK],
             dweights: vec![0f32; CHUNK * CHUNK],
@@ -436,7 +499,7 @@ impl Core<'_> {
             let gates = self.row(self.gates, width, head, from + i);
             for (d, sum) in row[..dim].iter_mut().enumerate() {
                 let gate = gates[if self.per_channel { d } else { 0 }].max(LOWEST as f32);
-                *sum = gate + if i > 0 { before[d] } else { 0.0 };
+                *sum = gate as f64 + if i > 0 { before[d] } else { 0.0 };
             }
         }
     }
@@ -449,7 +512,7 @@ impl Core<'_> {
             let x = self.row(if i & h == 0 { self.k } else { self.q }, dim, head, from + i);
             let own = &s.sums[i * dim..][..dim];
             for (((to, x), own), anchor) in s.scaled[i * dim..][..dim].iter_mut().zip(x).zip(own).zip(anchor) {
-                *to = x * cpu::exp(-(own - anchor).abs());
+                *to = x * cpu::exp(-(own - anchor).abs() as f32);
             }
         }
     }
@@ -464,7 +527,7 @@ impl Core<'_> {
                 for i in 0..n {
                     let (x, own) = (self.row(x, dim, head, from + i), &s.sums[i * dim..][..dim]);
                     for (((to, x), own), last) in s.scaled[i * dim..][..dim].iter_mut().zip(x).zip(own).zip(last) {
-                        *to = by * x * cpu::exp(if to_end { last - own } else { *own });
+                        *to = by * x * cpu::exp(if to_end { last - own } else { *own } as f32);
                     }
                 }
             },
@@ -509,7 +572,7 @@ impl Core<'_> {
     }
 
     /// Multiplies by e^{G_i - G_j} with one gate per head, and clears what lies above the diagonal.
-    fn decay_weights(&self, weights: &mut [f32], sums: &[f32], n: usize) {
+    fn decay_weights(&self, weights: &mut [f32], sums: &[f64], n: usize) {
         let dim = self.key_dim;
         cpu::vectorised(
             #[inline(always)]
@@ -517,7 +580,7 @@ impl Core<'_> {
                 for i in 0..n {
                     let row = &mut weights[i * CHUNK..(i + 1) * CHUNK];
                     for (j, w) in row[..=i].iter_mut().enumerate() {
-                        *w *= cpu::exp(sums[i * dim] - sums[j * dim]);
+                        *w *= cpu::exp((sums[i * dim] - sums[j * dim]) as f32);
                     }
                     row[i + 1..].fill(0.0);
                 }
@@ -529,7 +592,7 @@ impl Core<'_> {
     fn advance(&self, state: &mut [f32], s: &Scratch, y: Mat, n: usize) {
         let (dim, width) = (self.key_dim, self.value_dim);
         for (row, sum) in state.chunks_mut(width).zip(&s.sums[(n - 1) * dim..]) {
-            let decay = cpu::exp(*sum);
+            let decay = cpu::exp(*sum as f32);
             row.iter_mut().for_each(|x| *x *= decay);
         }
         let x = Mat::new(&s.scaled, 0, n, dim, dim);
@@ -687,15 +750,15 @@ impl Core<'_> {
                 let last = &s.sums[(rows - 1) * dim..][..dim];
                 for d in 0..dim {
                     let (x, y) = (&state[d * width..][..width], &dstate[d * width..][..width]);
-                    s.tail[d] = cpu::exp(last[d]) * cpu::dot(x, y);
+                    s.tail[d] = cpu::exp(last[d] as f32) * cpu::dot(x, y);
                 }
                 for i in 0..rows {
                     let k = self.row(self.k, dim, head, from + i);
                     let own = &s.sums[i * dim..][..dim];
                     let (dq, dk) = (&mut s.dq[i * dim..][..dim], &mut s.dk[i * dim..][..dim]);
                     for d in 0..dim {
-                        dq[d] *= cpu::exp(own[d]);
-                        dk[d] *= cpu::exp(last[d] - own[d]);
+                        dq[d] *= cpu::exp(own[d] as f32);
+                        dk[d] *= cpu::exp((last[d] - own[d]) as f32);
                         s.tail[d] += k[d] * dk[d];
                     }
                 }
@@ -748,7 +811,7 @@ impl Core<'_> {
                             let to = if i & h == 0 { &mut dk[i * dim..][..dim] } else { &mut dq[i * dim..][..dim] };
                             let (x, own) = (&product[i * dim..][..dim], &sums[i * dim..][..dim]);
                             for (((to, x), own), anchor) in to.iter_mut().zip(x).zip(own).zip(anchor) {
-                                *to += x * cpu::exp(-(own - anchor).abs());
+                                *to += x * cpu::exp(-(own - anchor).abs() as f32);
                             }
                         }
                     },
@@ -767,6 +830,7 @@ mod gpu {
     use super::*;
 
     unsafe extern "C" {
+        fn margay_gated_linear_attn_fits(key_dim: c_int, value_dim: c_int, gates_on: c_int) -> c_int;
         fn margay_gated_linear_attn_scratch(
             sequences: c_int,
             time: c_longlong,
@@ -791,7 +855,7 @@ mod gpu {
             heads: c_int,
             key_dim: c_int,
             value_dim: c_int,
-            vector_gates: c_int,
+            gates_on: c_int,
             f32_gates: c_int,
             gate_stride: c_longlong,
             scale: f32,
@@ -817,7 +881,7 @@ mod gpu {
             heads: c_int,
             key_dim: c_int,
             value_dim: c_int,
-            vector_gates: c_int,
+            gates_on: c_int,
             f32_gates: c_int,
             gate_stride: c_longlong,
             scale: f32,
@@ -828,9 +892,29 @@ mod gpu {
     /// Widest head the kernels hold.
     const WIDEST: usize = 128;
 
-    pub fn ready(q: &Tensor, v: &Tensor) -> bool {
-        let fits = |x: &Tensor| x.dim(D::Minus1).is_ok_and(|d| d <= WIDEST);
-        q.dtype() == DType::BF16 && v.dtype() == DType::BF16 && cuda::ready(q) && fits(q) && fits(v)
+    pub fn ready(op: &GatedLinearAttn, q: &Tensor, v: &Tensor, gates: &Tensor) -> bool {
+        let (Ok(key_dim), Ok(value_dim)) = (q.dim(D::Minus1), v.dim(D::Minus1)) else { return false };
+        let (rows, columns) = op.sides(key_dim, value_dim, gates);
+        let fits = key_dim <= WIDEST && value_dim <= WIDEST && q.dtype() == DType::BF16 && v.dtype() == DType::BF16;
+        // SAFETY: reads attributes of the device.
+        let shared = || unsafe { margay_gated_linear_attn_fits(rows as c_int, columns as c_int, op.gates_on(gates)) };
+        fits && cuda::ready(q) && shared() != 0
+    }
+
+    impl GatedLinearAttn {
+        /// How the kernels call the place of the gates.
+        fn gates_on(&self, gates: &Tensor) -> c_int {
+            match self.gated {
+                _ if gates.rank() != 4 => 0,
+                Channels::Keys => 1,
+                Channels::Values => 2,
+            }
+        }
+
+        /// The sides of a state, the gated one first.
+        fn sides(&self, key_dim: usize, value_dim: usize, gates: &Tensor) -> (usize, usize) {
+            if self.gates_on(gates) == 2 { (value_dim, key_dim) } else { (key_dim, value_dim) }
+        }
     }
 
     /// Heads of other widths are filled up with zeros, which change nothing: keys of 0 write nothing and read nothing.
@@ -850,7 +934,11 @@ mod gpu {
             return exact(op, q, k, v, gates, initial, bounds);
         }
         let wider = |x: &Tensor, dim: usize, to: usize| x.pad_with_zeros(dim, 0, to - x.dim(dim)?);
-        let gates = if gates.rank() == 4 { wider(gates, 3, keys)? } else { gates.clone() };
+        let gates = match op.gates_on(gates) {
+            0 => gates.clone(),
+            1 => wider(gates, 3, keys)?,
+            _ => wider(gates, 3, values)?,
+        };
         let initial = initial.map(|s| wider(&wider(s, 2, keys)?, 3, values)).transpose()?;
         let (q, k, v) = (wider(q, 3, keys)?, wider(k, 3, keys)?, wider(v, 3, values)?);
         let (y, last) = exact(op, &q, &k, &v, &gates, initial.as_ref(), bounds)?;
@@ -868,6 +956,7 @@ mod gpu {
         sequences: usize,
         time: usize,
         scale: f32,
+        gates_on: c_int,
         gate_grad: bool,
     }
 
@@ -890,13 +979,19 @@ mod gpu {
             }
             None => None,
         };
+        let swapped = op.gates_on(&gates) == 2;
         let run = Arc::new(Run {
             q: q.contiguous()?,
             k: k.to_dtype(DType::BF16)?.contiguous()?,
             v: v.contiguous()?,
             gate_grad: gates.track_op(),
             gates: gates.contiguous()?,
-            initial: initial.map(|s| s.to_dtype(DType::F32)?.contiguous()).transpose()?,
+            initial: match initial {
+                Some(s) if swapped => Some(s.to_dtype(DType::F32)?.t()?.contiguous()?),
+                Some(s) => Some(s.to_dtype(DType::F32)?.contiguous()?),
+                None => None,
+            },
+            gates_on: op.gates_on(&gates),
             sequences: bounds.map_or(b, |b| b.len() - 1),
             starts,
             time: t,
@@ -935,14 +1030,16 @@ mod gpu {
                 Box::new(move |_, _, grad| backward(grad).map(|(x, gates, initial)| [x, gates, initial])),
             )?,
         };
-        Ok((y, last))
+        Ok((y, if swapped { last.t()? } else { last }))
     }
 
     type InputGrads = [Option<Tensor>; 3];
 
     impl Run {
+        /// Heads, and the sides of a state, the gated one first.
         fn dims(&self) -> Result<(usize, usize, usize)> {
-            Ok((self.q.dim(2)?, self.q.dim(3)?, self.v.dim(3)?))
+            let (h, k, v) = (self.q.dim(2)?, self.q.dim(3)?, self.v.dim(3)?);
+            Ok(if self.gates_on == 2 { (h, v, k) } else { (h, k, v) })
         }
 
         fn scratch(&self, backward: bool) -> Result<Output> {
@@ -997,7 +1094,7 @@ mod gpu {
                     h as c_int,
                     k as c_int,
                     v as c_int,
-                    (self.gates.rank() == 4) as c_int,
+                    self.gates_on,
                     (self.gates.dtype() == DType::F32) as c_int,
                     self.gate_stride(),
                     self.scale,
@@ -1049,7 +1146,7 @@ mod gpu {
                     h as c_int,
                     k as c_int,
                     v as c_int,
-                    (self.gates.rank() == 4) as c_int,
+                    self.gates_on,
                     (self.gates.dtype() == DType::F32) as c_int,
                     self.gate_stride(),
                     self.scale,
@@ -1089,9 +1186,13 @@ mod tests {
         }
     }
 
-    fn inputs(kind: &str, gate_kind: &str, time: usize, per_channel: bool) -> [Tensor; 5] {
+    fn inputs(kind: &str, gate_kind: &str, time: usize, place: (bool, Channels)) -> [Tensor; 5] {
         let (b, h, k, v) = (2, 3, 6, 5);
-        let gates = if per_channel { gates(gate_kind, &[b, time, h, k]) } else { gates(gate_kind, &[b, time, h]) };
+        let gates = match place {
+            (false, _) => gates(gate_kind, &[b, time, h]),
+            (_, Channels::Keys) => gates(gate_kind, &[b, time, h, k]),
+            (_, Channels::Values) => gates(gate_kind, &[b, time, h, v]),
+        };
         [
             input(kind, &[b, time, h, k], 1),
             input(kind, &[b, time, h, k], 2),
@@ -1101,7 +1202,10 @@ mod tests {
         ]
     }
 
-    const OP: GatedLinearAttn = GatedLinearAttn { scale: 0.4 };
+    const OP: GatedLinearAttn = GatedLinearAttn { scale: 0.4, gated: Channels::Keys };
+
+    /// The places of gates: per head, per key channel, per value channel.
+    const PLACES: [(bool, Channels); 3] = [(false, Channels::Keys), (true, Channels::Keys), (true, Channels::Values)];
 
     fn near(what: &str, x: &Tensor, wanted: &Tensor, tolerance: f64) {
         let flat = |x: &Tensor| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
@@ -1115,18 +1219,19 @@ mod tests {
 
     #[test]
     fn chunks_equal_recurrence() {
-        for per_channel in [false, true] {
+        for place in PLACES {
+            let op = GatedLinearAttn { gated: place.1, ..OP };
             for kind in KINDS {
                 for time in [1, 15, 16, 63, 64, 65, 130] {
-                    let [q, k, v, g, s] = inputs("randn", kind, time, per_channel);
-                    let (wanted, last) = OP.recurrent(&q, &k, &v, &g, Some(&s)).unwrap();
-                    let (y, end) = OP.chunked(&q, &k, &v, &g, Some(&s)).unwrap();
-                    let what = format!("{kind}, {time}, per channel {per_channel}");
+                    let [q, k, v, g, s] = inputs("randn", kind, time, place);
+                    let (wanted, last) = op.recurrent(&q, &k, &v, &g, Some(&s)).unwrap();
+                    let (y, end) = op.chunked(&q, &k, &v, &g, Some(&s)).unwrap();
+                    let what = format!("{kind}, {time}, {place:?}");
                     near(&what, &y, &wanted, 1e-12);
                     near(&what, &end, &last, 1e-12);
                     let f32s = [&q, &k, &v, &g, &s].map(|x| x.to_dtype(DType::F32).unwrap());
                     let [q, k, v, g, s] = &f32s;
-                    let (y, end) = OP.forward(q, k, v, g, Some(s)).unwrap();
+                    let (y, end) = op.forward(q, k, v, g, Some(s)).unwrap();
                     near(&what, &y, &wanted, 3e-6);
                     near(&what, &end, &last, 3e-6);
                 }
@@ -1136,13 +1241,14 @@ mod tests {
 
     #[test]
     fn fast_equals_plain() {
-        for per_channel in [false, true] {
+        for place in PLACES {
+            let op = GatedLinearAttn { gated: place.1, ..OP };
             for kind in INPUTS {
                 for gate_kind in KINDS {
                     for time in [1, 15, 63, 64, 65, 200] {
-                        let x = inputs(kind, gate_kind, time, per_channel);
-                        let what = format!("{kind}, gates {gate_kind}, {time}, per channel {per_channel}");
-                        let run = |x: &[Tensor]| Ok(OP.forward(&x[0], &x[1], &x[2], &x[3], Some(&x[4]))?.0);
+                        let x = inputs(kind, gate_kind, time, place);
+                        let what = format!("{kind}, gates {gate_kind}, {time}, {place:?}");
+                        let run = |x: &[Tensor]| Ok(op.forward(&x[0], &x[1], &x[2], &x[3], Some(&x[4]))?.0);
                         check(&what, &x, 2e-5, run);
                     }
                 }
@@ -1163,7 +1269,7 @@ mod tests {
 
     #[test]
     fn one_gate_for_all_positions() {
-        let [q, k, v, ..] = inputs("randn", "usual", 70, false).map(|x| x.to_dtype(DType::F32).unwrap());
+        let [q, k, v, ..] = inputs("randn", "usual", 70, PLACES[0]).map(|x| x.to_dtype(DType::F32).unwrap());
         let constant = Tensor::new(&[-0.1f32, -1.0, 0.0], &Device::Cpu).unwrap();
         let (y, last) = OP.forward(&q, &k, &v, &constant, None).unwrap();
         let (wanted, end) = OP.recurrent(&q, &k, &v, &constant, None).unwrap();
@@ -1174,15 +1280,16 @@ mod tests {
     #[test]
     fn packed_sequences_do_not_meet() {
         let bounds = [0, 37, 37, 101, 130];
-        for per_channel in [false, true] {
-            let [q, k, v, g, _] = inputs("randn", "soft", 130, per_channel).map(|x| x.narrow(0, 0, 1).unwrap());
+        for place in PLACES {
+            let op = GatedLinearAttn { gated: place.1, ..OP };
+            let [q, k, v, g, _] = inputs("randn", "soft", 130, place).map(|x| x.narrow(0, 0, 1).unwrap());
             let states = input("randn", &[4, 3, 6, 5], 6);
             check("packed", &[q.clone(), k.clone(), v.clone(), g.clone(), states.clone()], 2e-5, |x| {
-                Ok(OP.forward_packed(&x[0], &x[1], &x[2], &x[3], Some(&x[4]), &bounds)?.0)
+                Ok(op.forward_packed(&x[0], &x[1], &x[2], &x[3], Some(&x[4]), &bounds)?.0)
             });
             let f32s = [&q, &k, &v, &g, &states].map(|x| x.to_dtype(DType::F32).unwrap());
             let [q, k, v, g, states] = &f32s;
-            let (y, last) = OP.forward_packed(q, k, v, g, Some(states), &bounds).unwrap();
+            let (y, last) = op.forward_packed(q, k, v, g, Some(states), &bounds).unwrap();
             for n in 0..4 {
                 let part = |x: &Tensor| x.narrow(1, bounds[n], bounds[n + 1] - bounds[n]).unwrap();
                 let state = states.narrow(0, n, 1).unwrap();
@@ -1190,18 +1297,18 @@ mod tests {
                     near("an empty sequence keeps its state", &last.narrow(0, n, 1).unwrap(), &state, 0.0);
                     continue;
                 }
-                let (one, end) = OP.forward(&part(q), &part(k), &part(v), &part(g), Some(&state)).unwrap();
+                let (one, end) = op.forward(&part(q), &part(k), &part(v), &part(g), Some(&state)).unwrap();
                 near("packed result", &part(&y), &one, 0.0);
                 near("packed state", &last.narrow(0, n, 1).unwrap(), &end, 0.0);
             }
         }
-        let [q, k, v, g, _] = inputs("randn", "soft", 8, false);
+        let [q, k, v, g, _] = inputs("randn", "soft", 8, PLACES[0]);
         assert!(OP.forward_packed(&q, &k, &v, &g, None, &[0, 8]).is_err(), "two rows are not one");
     }
 
     #[test]
     fn shapes_are_checked() {
-        let [q, k, v, g, s] = inputs("randn", "usual", 9, true);
+        let [q, k, v, g, s] = inputs("randn", "usual", 9, PLACES[1]);
         let error = OP.forward(&q, &k, &v, &g.narrow(3, 0, 5).unwrap(), None).unwrap_err().to_string();
         assert!(error.contains("[2, 9, 3, 5]"), "{error}");
         assert!(OP.forward(&q, &k, &v, &g, Some(&s.narrow(1, 0, 2).unwrap())).is_err());
