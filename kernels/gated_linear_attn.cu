@@ -179,7 +179,7 @@ struct Pass {
 
 template <typename G> struct StateArgs {
     Pass pass[2];  // forward, backward in time
-    int passes, first;
+    int passes;
     const G* gates;
     int64_t gate_stride;  // elements from token to token
     Sequences sequences;
@@ -188,25 +188,26 @@ template <typename G> struct StateArgs {
 };
 
 template <typename G> constexpr int states_shared(bool vector) {
-    return 3 * (2 * 64 * 64 * 2 + (vector ? 64 * 64 * int(sizeof(G)) : 0)) + 64 * 64 * 2 + 4 * 64 * 4 + 64 * 4 + 2 * 64 * 4;
+    return 3 * (2 * 64 * 64 * 2 + (vector ? 64 * 64 * int(sizeof(G)) : 0)) + 64 * 64 * 2 + (vector ? 9 * 64 * 4 : 0);
 }
 
-template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds__(128) states_kernel(const StateArgs<G> a) {
-    constexpr int STAGES = 3;
+// 8 warps: 4 blocks of 16 rows of the state x 2 halves of its columns.
+template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds__(256) states_kernel(const StateArgs<G> a) {
+    constexpr int STAGES = 3, THREADS = 256;
     extern __shared__ __align__(128) unsigned char shared[];
     bf16* xs = reinterpret_cast<bf16*>(shared);
     bf16* ys = xs + STAGES * 4096;
     bf16* out = ys + STAGES * 4096;
-    float* sums = reinterpret_cast<float*>(out + 4096);  // [4][64]
-    float* decay = sums + 256;                            // [64]
-    float* row_gates = decay + 64;                        // [2][64]
-    G* gs = reinterpret_cast<G*>(row_gates + 128);        // [STAGES][64][64]
+    G* gs = reinterpret_cast<G*>(out + 4096);                       // [STAGES][64][64]
+    float* sums = reinterpret_cast<float*>(gs + STAGES * 4096);     // [8][64]
+    float* decay = sums + 512;                                      // [64]
 
     const int k0 = blockIdx.x % (K / 64) * 64, v0 = blockIdx.x / (K / 64) * 64, head = blockIdx.y;
-    const int which = a.first + blockIdx.z % a.passes, sequence = blockIdx.z / a.passes;
+    const int which = blockIdx.z % a.passes, sequence = blockIdx.z / a.passes;
     const bool reverse = which == 1;
     const Pass pass = a.pass[which];
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+    const int r = warp % 4, c = warp / 4;
 
     int64_t first, chunk0, length;
     if (a.sequences.starts == nullptr) {
@@ -225,31 +226,56 @@ template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds
         const int n = order(i), stage = i % STAGES;
         const int64_t token = first + static_cast<int64_t>(n) * CHUNK;
         const int rows = min(static_cast<int64_t>(CHUNK), length - static_cast<int64_t>(n) * CHUNK);
-        load_tile<64, 64, 128>(xs + stage * 4096, pass.x + (token * a.heads + head) * K + k0, a.heads * K, rows);
-        load_tile<64, 64, 128>(ys + stage * 4096, pass.y + (token * a.heads + head) * V + v0, a.heads * V, rows);
+        load_tile<64, 64, THREADS>(xs + stage * 4096, pass.x + (token * a.heads + head) * K + k0, a.heads * K, rows);
+        load_tile<64, 64, THREADS>(ys + stage * 4096, pass.y + (token * a.heads + head) * V + v0, a.heads * V, rows);
         if constexpr (VECTOR) {
             constexpr int PIECE = 16 / sizeof(G), PIECES = 64 / PIECE;
             const G* from = a.gates + token * a.gate_stride + head * K + k0;
 #pragma unroll
-            for (int j = 0; j < 64 * PIECES; j += 128) {
+            for (int j = 0; j < 64 * PIECES; j += THREADS) {
                 const int row = (j + tid) / PIECES, piece = (j + tid) % PIECES;
                 copy16(gs + stage * 4096 + row * 64 + piece * PIECE, from + (row < rows ? row : 0) * a.gate_stride + piece * PIECE, row < rows);
             }
         }
     };
-    const auto row_gate = [&](int i) {  // scalar gates are few: straight through a register, one chunk ahead
-        const int64_t place = static_cast<int64_t>(order(i)) * CHUNK + tid;
-        return tid < CHUNK && i < chunks && place < length ? gate2(a.gates[(first + place) * a.gate_stride + head]) : 0.0f;
+    // One gate per head: every warp reads a chunk's 64 itself, a step ahead, and works out the factors of the A fragments'
+    // columns while the products before are under way.
+    float factor[4][4], down[2];
+    const auto row_gates = [&](int i) {
+        const int64_t place = static_cast<int64_t>(order(i)) * CHUNK + 2 * lane;
+        const G* from = a.gates + (first + place) * a.gate_stride + head;
+        return make_float2(i < chunks && place < length ? gate2(from[0]) : 0.0f,
+                           i < chunks && place + 1 < length ? gate2(from[a.gate_stride]) : 0.0f);
+    };
+    const auto work_out = [&](float2 own) {
+        float sum = own.x + own.y;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const float other = __shfl_up_sync(0xffffffffu, sum, step);
+            if (lane >= step) sum += other;
+        }
+        const float all = __shfl_sync(0xffffffffu, sum, 31);
+        const float hi = reverse ? a.scale * exp2_fast(sum) : exp2_fast(fminf(all - sum, 0.0f));
+        const float lo = reverse ? a.scale * exp2_fast(sum - own.y) : exp2_fast(fminf(all - sum + own.y, 0.0f));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                factor[j][2 * half] = __shfl_sync(0xffffffffu, lo, j * 8 + half * 4 + t);
+                factor[j][2 * half + 1] = __shfl_sync(0xffffffffu, hi, j * 8 + half * 4 + t);
+            }
+        }
+        down[0] = down[1] = exp2_fast(all);
     };
 
-    float s[8][4];
+    float s[4][4];
     const int64_t side = (static_cast<int64_t>(sequence) * a.heads + head) * K * V;
+    const int64_t corner = side + (k0 + r * 16 + g) * V + v0 + c * 32 + 2 * t;
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
+    for (int n = 0; n < 4; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float2 x = make_float2(0.0f, 0.0f);
-            if (pass.start != nullptr) x = load2(pass.start + side + (k0 + warp * 16 + g + 8 * half) * V + v0 + n * 8 + 2 * t);
+            const float2 x = pass.start != nullptr ? load2(pass.start + corner + 8 * half * V + n * 8) : make_float2(0.0f, 0.0f);
             s[n][2 * half] = x.x, s[n][2 * half + 1] = x.y;
         }
     }
@@ -258,47 +284,48 @@ template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds
         if (i < chunks) load(i);
         copy_commit();
     }
-    float next = VECTOR ? 0.0f : row_gate(0);
+    float2 ahead = make_float2(0.0f, 0.0f);
+    if constexpr (!VECTOR) {
+        work_out(row_gates(0));
+        ahead = row_gates(1);
+    }
 
     for (int i = 0; i < chunks; i++) {
         bf16* x = xs + i % STAGES * 4096;
         bf16* y = ys + i % STAGES * 4096;
-        // The state as it enters the chunk: every warp turns its own 16 rows through shared memory into whole lines.
+        // The state as it enters the chunk: every warp turns its own part through shared memory into whole sectors.
         __syncwarp();
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            store2(at<64>(out, warp * 16 + g, n * 8 + 2 * t), make_float2(s[n][0], s[n][1]));
-            store2(at<64>(out, warp * 16 + g + 8, n * 8 + 2 * t), make_float2(s[n][2], s[n][3]));
+        for (int n = 0; n < 4; n++) {
+            store2(at<64>(out, r * 16 + g, c * 32 + n * 8 + 2 * t), make_float2(s[n][0], s[n][1]));
+            store2(at<64>(out, r * 16 + g + 8, c * 32 + n * 8 + 2 * t), make_float2(s[n][2], s[n][3]));
         }
         __syncwarp();
         bf16* to = pass.states + (((chunk0 + order(i)) * a.heads + head) * K + k0) * V + v0;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int row = warp * 16 + j * 4 + lane / 8, piece = lane % 8;
-            *reinterpret_cast<uint4*>(to + row * V + piece * 8) = *reinterpret_cast<uint4*>(at<64>(out, row, piece * 8));
+        for (int j = 0; j < 2; j++) {
+            const int row = r * 16 + j * 8 + lane / 4, col = c * 32 + lane % 4 * 8;
+            *reinterpret_cast<uint4*>(to + row * V + col) = *reinterpret_cast<uint4*>(at<64>(out, row, col));
         }
-        if (!VECTOR && tid < CHUNK) row_gates[i % 2 * 64 + tid] = next;
         copy_wait<STAGES - 2>();
         __syncthreads();
         if (i + STAGES - 1 < chunks) load(i + STAGES - 1);
         copy_commit();
 
-        float factor[4][4];  // of one gate per head: what the A fragments' columns are scaled by
-        float down[2];
         if constexpr (VECTOR) {
             const G* gate = gs + i % STAGES * 4096;
-            float2 sum[16];
+            float2 sum[8];
 #pragma unroll
-            for (int r = 0; r < 16; r++) {
-                const float2 one = load2(gate + (warp * 16 + r) * 64 + 2 * lane);
-                sum[r] = make_float2(gate2(one.x), gate2(one.y));
-                if (r > 0) sum[r].x += sum[r - 1].x, sum[r].y += sum[r - 1].y;
+            for (int n = 0; n < 8; n++) {
+                const float2 one = load2(gate + (warp * 8 + n) * 64 + 2 * lane);
+                sum[n] = make_float2(gate2(one.x), gate2(one.y));
+                if (n > 0) sum[n].x += sum[n - 1].x, sum[n].y += sum[n - 1].y;
             }
-            store2(sums + warp * 64 + 2 * lane, sum[15]);
+            store2(sums + warp * 64 + 2 * lane, sum[7]);
             __syncthreads();
             float2 before = make_float2(0.0f, 0.0f), all = before;
 #pragma unroll
-            for (int w = 0; w < 4; w++) {
+            for (int w = 0; w < 8; w++) {
                 const float2 one = load2(sums + w * 64 + 2 * lane);
                 if (w < warp) before.x += one.x, before.y += one.y;
                 all.x += one.x, all.y += one.y;
@@ -306,65 +333,47 @@ template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds
             if (warp == 0) store2(decay + 2 * lane, make_float2(exp2_fast(all.x), exp2_fast(all.y)));
             const float2 rest = make_float2(all.x - before.x, all.y - before.y);
 #pragma unroll
-            for (int r = 0; r < 16; r++) {
-                bf16* p = at<64>(x, warp * 16 + r, 2 * lane);
+            for (int n = 0; n < 8; n++) {
+                bf16* p = at<64>(x, warp * 8 + n, 2 * lane);
                 const float2 v = load2(p);
                 if (reverse) {
-                    store2(p, make_float2(v.x * a.scale * exp2_fast(before.x + sum[r].x), v.y * a.scale * exp2_fast(before.y + sum[r].y)));
+                    store2(p, make_float2(v.x * a.scale * exp2_fast(before.x + sum[n].x), v.y * a.scale * exp2_fast(before.y + sum[n].y)));
                 } else {
-                    store2(p, make_float2(v.x * exp2_fast(fminf(rest.x - sum[r].x, 0.0f)), v.y * exp2_fast(fminf(rest.y - sum[r].y, 0.0f))));
+                    store2(p, make_float2(v.x * exp2_fast(fminf(rest.x - sum[n].x, 0.0f)), v.y * exp2_fast(fminf(rest.y - sum[n].y, 0.0f))));
                 }
             }
             __syncthreads();
-            down[0] = decay[warp * 16 + g], down[1] = decay[warp * 16 + g + 8];
-        } else {
-            next = row_gate(i + 1);
-            const float2 own = load2(row_gates + i % 2 * 64 + 2 * lane);
-            float sum = own.x + own.y;
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const float other = __shfl_up_sync(0xffffffffu, sum, step);
-                if (lane >= step) sum += other;
-            }
-            const float all = __shfl_sync(0xffffffffu, sum, 31);
-            const float hi = reverse ? a.scale * exp2_fast(sum) : exp2_fast(fminf(all - sum, 0.0f));
-            const float lo = reverse ? a.scale * exp2_fast(sum - own.y) : exp2_fast(fminf(all - sum + own.y, 0.0f));
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    factor[j][2 * half] = __shfl_sync(0xffffffffu, lo, j * 8 + half * 4 + t);
-                    factor[j][2 * half + 1] = __shfl_sync(0xffffffffu, hi, j * 8 + half * 4 + t);
-                }
-            }
-            down[0] = down[1] = exp2_fast(all);
+            down[0] = decay[r * 16 + g], down[1] = decay[r * 16 + g + 8];
         }
 #pragma unroll
-        for (int n = 0; n < 8; n++) s[n][0] *= down[0], s[n][1] *= down[0], s[n][2] *= down[1], s[n][3] *= down[1];
+        for (int n = 0; n < 4; n++) s[n][0] *= down[0], s[n][1] *= down[0], s[n][2] *= down[1], s[n][3] *= down[1];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t fa[4];
-            frag_a_t<64>(fa, x, j * 16, warp * 16);
+            frag_a_t<64>(fa, x, j * 16, r * 16);
             if constexpr (!VECTOR) {
                 fa[0] = scale_pair(fa[0], factor[j][0], factor[j][1]), fa[1] = scale_pair(fa[1], factor[j][0], factor[j][1]);
                 fa[2] = scale_pair(fa[2], factor[j][2], factor[j][3]), fa[3] = scale_pair(fa[3], factor[j][2], factor[j][3]);
             }
 #pragma unroll
-            for (int n = 0; n < 8; n += 2) {
+            for (int n = 0; n < 4; n += 2) {
                 uint32_t fb[4];
-                frag_b<64>(fb, y, j * 16, n * 8);
+                frag_b<64>(fb, y, j * 16, c * 32 + n * 8);
                 mma(s[n], fa, fb[0], fb[1]);
                 mma(s[n + 1], fa, fb[2], fb[3]);
             }
         }
+        if constexpr (!VECTOR) {
+            work_out(ahead);
+            ahead = row_gates(i + 2);
+        }
     }
     if (pass.end != nullptr) {
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
+        for (int n = 0; n < 4; n++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                store2(pass.end + side + (k0 + warp * 16 + g + 8 * half) * V + v0 + n * 8 + 2 * t,
-                       make_float2(s[n][2 * half], s[n][2 * half + 1]));
+                store2(pass.end + corner + 8 * half * V + n * 8, make_float2(s[n][2 * half], s[n][2 * half + 1]));
             }
         }
     }
@@ -905,19 +914,22 @@ template <int K> __device__ __forceinline__ void weigh_earlier(bf16* weights, bf
 }
 
 template <int K, int V> constexpr int vector_out_shared() {
-    return (64 * K + 64 * (K > V ? K : V) + K * V + LOWER) * 2 + (64 * (K + 8) + 4 * 128) * 4;
+    const int sums = 64 * (K + 8) * 4, state = K * V * 2;
+    return (64 * K + 64 * (K > V ? K : V) + LOWER) * 2 + 4 * 128 * 4 + (sums > state ? sums : state);
 }
 
+// Shared memory is used twice, for three blocks on a multiprocessor: values follow the keys, the state follows the sums.
 template <int K, int V, typename G>
-__global__ void __launch_bounds__(256, 2) vector_out_kernel(const ChunkArgs<G> a) {
+__global__ void __launch_bounds__(256, 3) vector_out_kernel(const ChunkArgs<G> a) {
     constexpr int DV = V / 2;
     extern __shared__ __align__(128) unsigned char shared[];
     bf16* q = reinterpret_cast<bf16*>(shared);
-    bf16* k = q + 64 * K;  // keys, then values
-    bf16* state = k + 64 * (K > V ? K : V);
-    bf16* weights = state + K * V;
-    float* sums = reinterpret_cast<float*>(weights + LOWER);
-    float* parts = sums + 64 * (K + 8);
+    bf16* k = q + 64 * K;
+    bf16* v = k;
+    bf16* weights = k + 64 * (K > V ? K : V);
+    float* parts = reinterpret_cast<float*>(weights + LOWER);
+    float* sums = parts + 4 * 128;
+    bf16* state = reinterpret_cast<bf16*>(sums);
 
     const int head = blockIdx.x % a.heads, chunk = blockIdx.x / a.heads;
     const Span span = chunk_span(a.sequences, chunk);
@@ -928,10 +940,8 @@ __global__ void __launch_bounds__(256, 2) vector_out_kernel(const ChunkArgs<G> a
     load_tile<64, K, 256>(q, a.q + row0 * K, a.heads * K, span.rows);
     load_tile<64, K, 256>(k, a.k + row0 * K, a.heads * K, span.rows);
     copy_commit();
-    load_tile<K, V, 256>(state, a.states + (static_cast<int64_t>(chunk) * a.heads + head) * K * V, V, K);
-    copy_commit();
     sum_gates<K, 256>(sums, parts, a.gates + span.token * a.gate_stride + head * K, a.gate_stride, span.rows);
-    copy_wait<1>();
+    copy_wait<0>();
     __syncthreads();
     if (c == 0) {
         weigh_diagonal<K>(weights, q, k, sums, r, a.scale);
@@ -939,7 +949,7 @@ __global__ void __launch_bounds__(256, 2) vector_out_kernel(const ChunkArgs<G> a
         weigh_earlier<K>(weights, q, k, sums, r, a.scale);
     }
     __syncthreads();
-    load_tile<64, V, 256>(k, a.v + row0 * V, a.heads * V, span.rows);
+    load_tile<64, V, 256>(v, a.v + row0 * V, a.heads * V, span.rows);
     copy_commit();
 #pragma unroll 4
     for (int i = threadIdx.x; i < 64 * K / 2; i += 256) {
@@ -948,26 +958,15 @@ __global__ void __launch_bounds__(256, 2) vector_out_kernel(const ChunkArgs<G> a
         const float2 x = load2(p), sum = load2(sums + y * (K + 8) + d);
         store2(p, make_float2(x.x * a.scale * exp2_fast(sum.x), x.y * a.scale * exp2_fast(sum.y)));
     }
+    __syncthreads();
+    load_tile<K, V, 256>(state, a.states + (static_cast<int64_t>(chunk) * a.heads + head) * K * V, V, K);
+    copy_commit();
     copy_wait<1>();
     __syncthreads();
 
     float o[DV / 8][4];
 #pragma unroll
     for (int n = 0; n < DV / 8; n++) zero(o[n]);
-#pragma unroll
-    for (int d = 0; d < K; d += 16) {
-        uint32_t fa[4];
-        frag_a<K>(fa, q, r * 16, d);
-#pragma unroll
-        for (int n = 0; n < DV / 8; n += 2) {
-            uint32_t fb[4];
-            frag_b<V>(fb, state, d, c * DV + n * 8);
-            mma(o[n], fa, fb[0], fb[1]);
-            mma(o[n + 1], fa, fb[2], fb[3]);
-        }
-    }
-    copy_wait<0>();
-    __syncthreads();
 #pragma unroll
     for (int kb = 0; kb < 4; kb++) {
         if (kb > r) break;
@@ -976,7 +975,21 @@ __global__ void __launch_bounds__(256, 2) vector_out_kernel(const ChunkArgs<G> a
 #pragma unroll
         for (int n = 0; n < DV / 8; n += 2) {
             uint32_t fb[4];
-            frag_b<V>(fb, k, kb * 16, c * DV + n * 8);
+            frag_b<V>(fb, v, kb * 16, c * DV + n * 8);
+            mma(o[n], fa, fb[0], fb[1]);
+            mma(o[n + 1], fa, fb[2], fb[3]);
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int d = 0; d < K; d += 16) {
+        uint32_t fa[4];
+        frag_a<K>(fa, q, r * 16, d);
+#pragma unroll
+        for (int n = 0; n < DV / 8; n += 2) {
+            uint32_t fb[4];
+            frag_b<V>(fb, state, d, c * DV + n * 8);
             mma(o[n], fa, fb[0], fb[1]);
             mma(o[n + 1], fa, fb[2], fb[3]);
         }
@@ -1392,7 +1405,7 @@ cudaError_t run_states(const StateArgs<G>& args, cudaStream_t stream) {
     constexpr int bytes = states_shared<G>(VECTOR);
     TRY(allow(states_kernel<K, V, VECTOR, G>, bytes));
     const dim3 grid(K / 64 * (V / 64), args.heads, args.sequences.count * args.passes);
-    states_kernel<K, V, VECTOR, G><<<grid, 128, bytes, stream>>>(args);
+    states_kernel<K, V, VECTOR, G><<<grid, 256, bytes, stream>>>(args);
     return cudaGetLastError();
 }
 
@@ -1446,7 +1459,7 @@ struct Call {
 template <int K, int V, bool VECTOR, typename G> cudaError_t forward(const Call& c) {
     StateArgs<G> s{};
     s.pass[0] = {c.k, c.v, c.initial, c.final, c.scratch};
-    s.passes = 1, s.first = 0;
+    s.passes = 1;
     s.gates = static_cast<const G*>(c.gates), s.gate_stride = c.gate_stride;
     s.sequences = c.sequences, s.heads = c.heads, s.scale = c.scale;
     TRY((run_states<K, V, VECTOR, G>(s, c.stream)));
@@ -1461,7 +1474,7 @@ template <int K, int V, bool VECTOR, typename G> cudaError_t backward(const Call
     StateArgs<G> s{};
     s.pass[0] = {c.k, c.v, c.initial, nullptr, c.scratch};
     s.pass[1] = {c.q, c.dy, c.dfinal, c.dinitial, grad_states};
-    s.passes = 2, s.first = 0;
+    s.passes = 2;
     s.gates = static_cast<const G*>(c.gates), s.gate_stride = c.gate_stride;
     s.sequences = c.sequences, s.heads = c.heads, s.scale = c.scale;
     TRY((run_states<K, V, VECTOR, G>(s, c.stream)));
@@ -1480,7 +1493,7 @@ template <int K, int V, bool VECTOR, typename G> cudaError_t backward(const Call
 template <int K, int V, typename G> cudaError_t values_forward(const Call& c) {
     StateArgs<G> s{};
     s.pass[0] = {c.v, c.k, c.initial, c.final, c.scratch};
-    s.passes = 1, s.first = 0;
+    s.passes = 1;
     s.gates = static_cast<const G*>(c.gates), s.gate_stride = c.gate_stride;
     s.sequences = c.sequences, s.heads = c.heads, s.scale = c.scale;
     TRY((run_states<K, V, true, G>(s, c.stream)));
