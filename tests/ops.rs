@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 use loops::{Hybrid, Keys, dot, rotate};
 use margay::ops::feature_map::{Activation, FeatureMap};
+use margay::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use margay::ops::hybrid_attn::{HybridAttn, Window};
 use margay::ops::linear::linear;
 use margay::ops::loss::mse;
@@ -159,6 +160,45 @@ fn golden_attention() {
         ];
         let y = soft(Some(8)).forward(&g.qkv()).unwrap();
         close_slices("softmax, window 8", &row(&y, 3, 30), &windowed, tolerance);
+    }
+}
+
+#[test]
+fn golden_gated_attention() {
+    for (dtype, tolerance) in PRECISIONS {
+        let g = Golden::load(dtype);
+        let [q, k, v] = ["in.q", "in.k", "in.v"].map(|name| g.by_time(name));
+        let all_forms = |what: &str, op: GatedLinearAttn, [q, k, v, gates]: [&Tensor; 4], wanted: &str| {
+            let wanted = g.by_time(wanted);
+            for (form, y) in [
+                ("forward", op.forward(q, k, v, gates, None)),
+                ("chunked", op.chunked(q, k, v, gates, None)),
+                ("recurrent", op.recurrent(q, k, v, gates, None)),
+            ] {
+                close(&format!("{what}, {form}, {dtype:?}"), &y.unwrap().0, &wanted, tolerance);
+            }
+        };
+        let plain = GatedLinearAttn { scale: (Golden::DIM as f64).powf(-0.5), gated: Channels::Keys };
+        all_forms("gla", plain, [&q, &k, &v, &g.by_time("in.g_vector")], "out.gla");
+        all_forms("scalar decay", plain, [&q, &k, &v, &g.by_time("in.g_scalar")], "out.scalar_decay");
+
+        let unscaled = GatedLinearAttn { scale: 1.0, ..plain };
+        let forget = (k.neg().unwrap().exp().unwrap() + 1.0).unwrap().recip().unwrap(); // σ(k)
+        let write = forget.affine(-1.0, 1.0).unwrap();
+        let queries = margay::ops::softmax_attn::softmax(&q).unwrap();
+        all_forms("hgrn2", unscaled, [&queries, &write, &v, &forget.log().unwrap()], "out.hgrn2");
+
+        // Gated slot attention: one pass with gates on the slots as values, a softmax over slots, one with gates on keys.
+        let slots = g.by_time("in.slot_logits");
+        let gates = ((slots.neg().unwrap().exp().unwrap() + 1.0).unwrap().log().unwrap() / -16.0).unwrap();
+        let write = gates.exp().unwrap().affine(-1.0, 1.0).unwrap();
+        let first = GatedLinearAttn { gated: Channels::Values, ..unscaled };
+        for form in [GatedLinearAttn::forward, GatedLinearAttn::chunked, GatedLinearAttn::recurrent] {
+            let read = form(&first, &q, &k, &write, &gates, None).unwrap().0;
+            let read = margay::ops::softmax_attn::softmax(&read).unwrap();
+            let y = form(&unscaled, &read, &write, &v, &gates, None).unwrap().0;
+            close(&format!("gsa, {dtype:?}"), &y, &g.by_time("out.gsa"), tolerance);
+        }
     }
 }
 

@@ -17,6 +17,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod delta_rule;
 pub mod feature_map;
+pub mod gated_linear_attn;
 pub mod head_loss;
 pub mod hybrid_attn;
 pub mod linear;
