@@ -131,7 +131,7 @@ fn adamw_equals_loops_on(device: &Device) -> Result {
         // Early gradients are clipped, later ones are not.
         let grads: Vec<Option<Tensor>> = (0..3)
             .map(|n| -> Result<Option<Tensor>> {
-                let scale = if n == 0 { 0.02 } else { 1.0 } / step as f64; // the large one must not rule the norm
+                let scale = if n == 0 { 0.03 } else { 1.0 } / step as f64; // the large one must not rule the norm
                 let g = (randn(shapes[n], 100 * step as u64 + n as u64) * scale)?.to_dtype(DType::F32)?;
                 let g = g.to_device(device)?;
                 Ok((n < 2).then_some(g))
