@@ -72,30 +72,33 @@ __global__ void __launch_bounds__(THREADS) features(const __grid_constant__ Maps
 #pragma unroll
             for (int r = 0; r < 2; r++) top[r] = quad_max(top[r]), low[r] = -quad_max(-low[r]);
         }
-        if (p.activation == SOFTMAX_DIM) {
+        float other[N][4];
+        if (p.activation != RELU) {
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
-                for (int c = 0; c < 4; c++)
-                    if (n * 8 < p.cols) up[c >> 1] += __expf(z[n][c] - top[c >> 1]), down[c >> 1] += __expf(low[c >> 1] - z[n][c]);
+                for (int c = 0; c < 4; c++) {
+                    other[n][c] = __expf(low[c >> 1] - z[n][c]);
+                    z[n][c] = __expf(z[n][c] - top[c >> 1]);
+                    if (n * 8 < p.cols) up[c >> 1] += z[n][c], down[c >> 1] += other[n][c];
+                }
+        }
 #pragma unroll
-            for (int r = 0; r < 2; r++) up[r] = 1.0f / quad_sum(up[r]), down[r] = 1.0f / quad_sum(down[r]);
-        } else {
-            up[0] = up[1] = down[0] = down[1] = 1.0f;
+        for (int r = 0; r < 2; r++) {
+            const float a = quad_sum(up[r]), b = quad_sum(down[r]);
+            up[r] = p.activation == SOFTMAX_DIM ? 1.0f / a : 1.0f, down[r] = p.activation == SOFTMAX_DIM ? 1.0f / b : 1.0f;
         }
         const int64_t i = tile * ROWS + row + g;
         bf16* upper = i < p.rows ? out + i * p.phi_row() + (int64_t)m * p.width : nullptr;
         bf16* lower = i + 8 < p.rows ? upper + 8 * p.phi_row() : nullptr;
-        if (p.activation == RELU) {
-            store_rows<N>(upper, lower, p.cols, [&](int n, int r) { return pack(fmaxf(z[n][2 * r], 0.0f), fmaxf(z[n][2 * r + 1], 0.0f)); });
-        } else {
-            store_rows<N>(upper, lower, p.cols, [&](int n, int r) {
-                return pack(fmaxf(__expf(z[n][2 * r] - top[r]) * up[r], FLOOR), fmaxf(__expf(z[n][2 * r + 1] - top[r]) * up[r], FLOOR));
-            });
+        const float floor = p.activation == RELU ? 0.0f : FLOOR;
+        store_rows<N>(upper, lower, p.cols, [&](int n, int r) {
+            return pack(fmaxf(z[n][2 * r] * up[r], floor), fmaxf(z[n][2 * r + 1] * up[r], floor));
+        });
+        if (p.activation != RELU)
             store_rows<N>(upper ? upper + p.cols : nullptr, lower ? lower + p.cols : nullptr, p.cols, [&](int n, int r) {
-                return pack(fmaxf(__expf(low[r] - z[n][2 * r]) * down[r], FLOOR), fmaxf(__expf(low[r] - z[n][2 * r + 1]) * down[r], FLOOR));
+                return pack(fmaxf(other[n][2 * r] * down[r], floor), fmaxf(other[n][2 * r + 1] * down[r], floor));
             });
-        }
     }
 }
 
@@ -164,54 +167,74 @@ __device__ __forceinline__ void gradient(float (&dz)[CP / 8][4], const Maps& p, 
     }
 }
 
-template <int DP, int CP> constexpr int weights_bytes() { return 2 * ROWS * (DP + SIDE + 2 * (2 * CP + SIDE) + CP + SIDE); }
+template <int DP, int CP, bool READY> constexpr int weights_bytes() {
+    return READY ? 2 * 2 * ROWS * (DP + SIDE + CP + SIDE) : 2 * ROWS * (DP + SIDE + 2 * (2 * CP + SIDE) + CP + SIDE);
+}
 
-template <int DP, int CP>
+// READY: `dphi` is dz [rows, maps, C] already, and the next tile loads while this one multiplies.
+template <int DP, int CP, bool READY>
 __global__ void __launch_bounds__(THREADS, CP == 64 ? 3 : 2) weights(const __grid_constant__ Maps p, const bf16* phi, const bf16* dphi,
                                                                       float* partials) {
     extern __shared__ uint4 smem[];
     constexpr int LD = DP + SIDE, LC = CP + SIDE, LF = 2 * CP + SIDE, N = CP / 8, M = DP / 64;
     bf16* x = reinterpret_cast<bf16*>(smem);
-    bf16 *f = x + ROWS * LD, *df = f + ROWS * LF, *z = df + ROWS * LF;
+    bf16 *z = x + ROWS * LD, *f = z + ROWS * LC, *df = f + ROWS * LF;
     const int m = blockIdx.y, h = p.sources[m];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int64_t tiles = (p.rows + ROWS - 1) / ROWS;
     float acc[M][N][4], db = 0.0f;
 #pragma unroll
     for (int i = 0; i < M; i++) clear(acc[i]);
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int left = (int)(p.rows - tile * ROWS < ROWS ? p.rows - tile * ROWS : ROWS);
-        load_tile<2 * CP>(f, phi + tile * ROWS * p.phi_row() + (int64_t)m * p.width, p.phi_row(), left, p.width);
-        load_tile<2 * CP>(df, dphi + tile * ROWS * p.phi_row() + (int64_t)m * p.width, p.phi_row(), left, p.width);
-        load_tile<DP>(x, p.head(tile * ROWS, h), p.x_row(), left, p.dim);
+    auto load = [&](int64_t tile, int stage) {
+        if (tile < tiles) {
+            const int left = (int)(p.rows - tile * ROWS < ROWS ? p.rows - tile * ROWS : ROWS);
+            load_tile<DP>(x + stage, p.head(tile * ROWS, h), p.x_row(), left, p.dim);
+            if (READY) {
+                load_tile<CP>(z + stage, dphi + (tile * ROWS * p.maps + m) * p.cols, (int64_t)p.maps * p.cols, left, p.cols);
+            } else {
+                load_tile<2 * CP>(f, phi + tile * ROWS * p.phi_row() + (int64_t)m * p.width, p.phi_row(), left, p.width);
+                load_tile<2 * CP>(df, dphi + tile * ROWS * p.phi_row() + (int64_t)m * p.width, p.phi_row(), left, p.width);
+            }
+        }
         copy_commit();
+    };
+    int stage = 0;
+    if (READY) load(blockIdx.x, 0);
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        if (!READY) load(tile, 0);
         copy_wait<0>();
         __syncthreads();
-        float dz[N][4];
-        gradient<CP>(dz, p, f, df, warp * 16);
+        if (READY) {
+            load(tile + gridDim.x, stage ? 0 : ROWS * (LD + LC));
+        } else {
+            float dz[N][4];
+            gradient<CP>(dz, p, f, df, warp * 16);
 #pragma unroll
-        for (int n = 0; n < N; n++)
+            for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int r = 0; r < 2; r++)
-                *reinterpret_cast<uint32_t*>(z + (warp * 16 + g + 8 * r) * LC + n * 8 + t * 2) = pack(dz[n][2 * r], dz[n][2 * r + 1]);
-        __syncthreads();
+                for (int r = 0; r < 2; r++)
+                    *reinterpret_cast<uint32_t*>(z + (warp * 16 + g + 8 * r) * LC + n * 8 + t * 2) = pack(dz[n][2 * r], dz[n][2 * r + 1]);
+            __syncthreads();
+        }
 #pragma unroll
         for (int k = 0; k < ROWS; k += 16) {
             uint32_t fa[M][4];
 #pragma unroll
-            for (int i = 0; i < M; i++) frag_a_t(fa[i], x, LD, (warp * M + i) * 16, k);
+            for (int i = 0; i < M; i++) frag_a_t(fa[i], x + stage, LD, (warp * M + i) * 16, k);
 #pragma unroll
             for (int n = 0; n < N; n += 2) {
                 uint32_t fb[4];
-                frag_b_t(fb, z, LC, k, n * 8);
+                frag_b_t(fb, z + stage, LC, k, n * 8);
 #pragma unroll
                 for (int i = 0; i < M; i++) mma(acc[i][n], fa[i], fb[0], fb[1]), mma(acc[i][n + 1], fa[i], fb[2], fb[3]);
             }
         }
         if (p.bias && threadIdx.x < CP)
-            for (int r = 0; r < ROWS; r++) db += to_float(z[r * LC + threadIdx.x]);
+            for (int r = 0; r < ROWS; r++) db += to_float(z[stage + r * LC + threadIdx.x]);
+        if (READY) stage = stage ? 0 : ROWS * (LD + LC);
         __syncthreads();
     }
+    copy_wait<0>();
     float* out = partials + ((int64_t)blockIdx.x * p.maps + m) * (p.dim + 1) * p.cols;
 #pragma unroll
     for (int i = 0; i < M; i++)
@@ -310,22 +333,27 @@ template <int DP, int CP> cudaError_t run_forward(const Maps& p, void* out, cuda
     return cudaGetLastError();
 }
 
+template <int DP, int CP, bool READY>
+cudaError_t run_weights(const Maps& p, const void* phi, const void* dphi, void* dweight, void* dbias, void* scratch, cudaStream_t stream) {
+    constexpr int bytes = weights_bytes<DP, CP, READY>();
+    cudaError_t error = reserve(weights<DP, CP, READY>, bytes);
+    if (error != cudaSuccess) return error;
+    const int count = shares(p.rows, p.maps);
+    const dim3 grid(count, p.maps);
+    weights<DP, CP, READY><<<grid, THREADS, bytes, stream>>>(p, (const bf16*)phi, (const bf16*)dphi, (float*)scratch);
+    error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+    const int64_t all = (int64_t)p.maps * (p.dim + 1) * p.cols;
+    const int blocks = (int)((all + 255) / 256);
+    add<<<blocks, 256, 0, stream>>>((const float*)scratch, count, p.maps, (int64_t)p.dim * p.cols, p.cols, (float*)dweight, (float*)dbias);
+    return cudaGetLastError();
+}
+
 template <int DP, int CP>
 cudaError_t run_backward(const Maps& p, const void* phi, const void* dphi, void* dx, void* dweight, void* dbias, void* scratch,
                          cudaStream_t stream) {
     if (dweight) {
-        constexpr int bytes = weights_bytes<DP, CP>();
-        cudaError_t error = reserve(weights<DP, CP>, bytes);
-        if (error != cudaSuccess) return error;
-        const int count = shares(p.rows, p.maps);
-        const dim3 grid(count, p.maps);
-        weights<DP, CP><<<grid, THREADS, bytes, stream>>>(p, (const bf16*)phi, (const bf16*)dphi, (float*)scratch);
-        error = cudaGetLastError();
-        if (error != cudaSuccess) return error;
-        const int64_t all = (int64_t)p.maps * (p.dim + 1) * p.cols;
-        const int blocks = (int)((all + 255) / 256);
-        add<<<blocks, 256, 0, stream>>>((const float*)scratch, count, p.maps, (int64_t)p.dim * p.cols, p.cols, (float*)dweight, (float*)dbias);
-        error = cudaGetLastError();
+        const cudaError_t error = run_weights<DP, CP, false>(p, phi, dphi, dweight, dbias, scratch, stream);
         if (error != cudaSuccess) return error;
     }
     if (dx) {
@@ -344,7 +372,13 @@ cudaError_t run_backward(const Maps& p, const void* phi, const void* dphi, void*
 
 using namespace margay;
 
+// Bytes; 0 where the chip's shared memory does not hold the tiles.
 extern "C" size_t margay_feature_map_scratch(int64_t rows, int dim, int maps, int cols) {
+    int device, most;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        most < (cols > 64 ? weights_bytes<128, 128, false>() : weights_bytes<128, 64, false>()))
+        return 0;
     return (size_t)shares(rows, maps) * maps * (dim + 1) * cols * sizeof(float);
 }
 
@@ -370,4 +404,17 @@ extern "C" int margay_feature_map_bwd(const void* x, const void* weight, const v
                           : run_backward<64, 128>(p, phi, dphi, dx, dweight, dbias, scratch, s);
     return cols <= 64 ? run_backward<128, 64>(p, phi, dphi, dx, dweight, dbias, scratch, s)
                       : run_backward<128, 128>(p, phi, dphi, dx, dweight, dbias, scratch, s);
+}
+
+// dweight [maps, D, C] (f32) from dz [rows, maps, C].
+extern "C" int margay_feature_map_dweight(const void* x, const void* dz, void* dweight, void* scratch, const int* sources, int64_t rows,
+                                          int heads, int dim, int maps_count, int cols, void* stream) {
+    Maps p;
+    if (!maps(p, x, nullptr, nullptr, sources, rows, heads, dim, maps_count, cols, SOFTMAX_DIM)) return cudaErrorInvalidValue;
+    const cudaStream_t s = (cudaStream_t)stream;
+    if (dim <= 64)
+        return cols <= 64 ? run_weights<64, 64, true>(p, nullptr, dz, dweight, nullptr, scratch, s)
+                          : run_weights<64, 128, true>(p, nullptr, dz, dweight, nullptr, scratch, s);
+    return cols <= 64 ? run_weights<128, 64, true>(p, nullptr, dz, dweight, nullptr, scratch, s)
+                      : run_weights<128, 128, true>(p, nullptr, dz, dweight, nullptr, scratch, s);
 }

@@ -29,7 +29,7 @@
 namespace margay {
 namespace {
 
-constexpr float MIN_DENOMINATOR = 1e-12f, LOG2E = 1.4426950408889634f;
+constexpr float MIN_DENOMINATOR = 1e-12f, FLOOR = 1e-12f, LOG2E = 1.4426950408889634f;
 
 struct Problem {
     const bf16* qkv;
@@ -93,26 +93,30 @@ __device__ __forceinline__ float joined(const bf16* x) {
 
 // Forward: slot i = sum of phi_k^T [v, 1] over tiles 0..i. Backward: slot j = sum of phi_q^T [dnum, dden] over chunks
 // first(j).. . One block per (64 features, head, sequence).
-template <int DP, int FP, bool BACK>
-__global__ void __launch_bounds__(THREADS, 4) states(Problem p, const bf16* rows_in, bf16* out) {
+template <int DP, int FP, int FS, bool BACK>
+__global__ void __launch_bounds__(THREADS, FS == 64 ? 4 : 2) states(Problem p, const bf16* rows_in, bf16* out) {
     extern __shared__ uint4 smem[];
-    constexpr int LD = DP + SIDE, LA = 64 + SIDE, STAGE = 64 * (LD + LA), N = DP / 8;
+    constexpr int LD = DP + SIDE, LA = FS + SIDE, STAGE = 64 * (LD + LA), STAGES = FS == 64 ? 2 : 4;
+    constexpr int SPLIT = 64 / FS, N = DP / 8 / SPLIT;  // warps beside each other share the columns
     bf16* shared = reinterpret_cast<bf16*>(smem);
-    const int f0 = blockIdx.x * 64, h = blockIdx.y, b = blockIdx.z;
+    const int f0 = blockIdx.x * FS, h = blockIdx.y, b = blockIdx.z;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int row = warp / SPLIT * 16, col = warp % SPLIT * N * 8;
     const int count = BACK ? p.chunks - p.first(0) : p.slots;
     const int64_t plane = (int64_t)b * p.heads + h;
 
     auto load = [&](int i) {
-        const int tile = BACK ? p.chunks - 1 - i : i, left = p.time - tile * ROWS;
-        bf16* a = shared + i % 2 * STAGE;
-        load_tile<64>(a, p.phi(b, BACK ? h : p.heads + h, tile) + f0, p.phi_row(), left, p.width - f0);
-        if (BACK) load_padded<DP>(a + 64 * LA, rows_in + (plane * p.time + (int64_t)tile * ROWS) * LD, ROWS, left);
-        else load_tile<DP>(a + 64 * LA, p.rows(b, p.value_head(h), tile), p.packed(), left, p.dim);
+        if (i < count) {
+            const int tile = BACK ? p.chunks - 1 - i : i, left = p.time - tile * ROWS;
+            bf16* a = shared + i % STAGES * STAGE;
+            load_tile<FS>(a, p.phi(b, BACK ? h : p.heads + h, tile) + f0, p.phi_row(), left, p.width - f0);
+            if (BACK) load_padded<DP>(a + 64 * LA, rows_in + (plane * p.time + (int64_t)tile * ROWS) * LD, ROWS, left);
+            else load_tile<DP>(a + 64 * LA, p.rows(b, p.value_head(h), tile), p.packed(), left, p.dim);
+        }
         copy_commit();
     };
     if (!BACK && threadIdx.x < 64) {
-        for (int stage = 0; stage < 2; stage++) {
+        for (int stage = 0; stage < STAGES; stage++) {
             uint4* side = reinterpret_cast<uint4*>(shared + stage * STAGE + 64 * LA + threadIdx.x * LD + DP);
             *side = make_uint4(pack(1.0f, 0.0f), 0, 0, 0);
         }
@@ -120,71 +124,106 @@ __global__ void __launch_bounds__(THREADS, 4) states(Problem p, const bf16* rows
     float acc[N][4], z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     clear(acc);
     int slot = BACK ? p.slots - 1 : 0;
-    load(0);
+    for (int i = 0; i < STAGES - 1; i++) load(i);
     for (int i = 0; i < count; i++) {
-        copy_wait<0>();
+        copy_wait<STAGES - 2>();
         __syncthreads();
-        if (i + 1 < count) load(i + 1);
-        const bf16 *a = shared + i % 2 * STAGE, *x = a + 64 * LA;
+        load(i + STAGES - 1);
+        const bf16 *a = shared + i % STAGES * STAGE, *x = a + 64 * LA;
 #pragma unroll
         for (int k = 0; k < 64; k += 16) {
             uint32_t fa[4], fb[4];
-            frag_a_t(fa, a, LA, warp * 16, k);
+            frag_a_t(fa, a, LA, row, k);
 #pragma unroll
             for (int n = 0; n < N; n += 2) {
-                frag_b_t(fb, x, LD, k, n * 8);
+                frag_b_t(fb, x, LD, k, col + n * 8);
                 mma(acc[n], fa, fb[0], fb[1]);
                 mma(acc[n + 1], fa, fb[2], fb[3]);
             }
-            load_tiles_t(fb, x + (k + (lane & 15)) * LD + DP);
-            mma(z, fa, fb[0], fb[1]);
+            if (col == 0) {
+                load_tiles_t(fb, x + (k + (lane & 15)) * LD + DP);
+                mma(z, fa, fb[0], fb[1]);
+            }
         }
         while (slot >= 0 && (BACK ? p.first(slot) == p.chunks - 1 - i : slot == i)) {
-            bf16* upper = out + ((plane * p.slots + slot) * FP + f0 + warp * 16 + g) * LD;
+            bf16* upper = out + ((plane * p.slots + slot) * FP + f0 + row + g) * LD;
             bf16* lower = upper + 8 * LD;
-            store_rows(upper, lower, DP, acc);
-            if (t == 0) {
+            store_rows(upper + col, lower + col, N * 8, acc);
+            if (t == 0 && col == 0) {
                 *reinterpret_cast<uint4*>(upper + DP) = make_uint4(split(z[0] + z[1]), 0, 0, 0);
                 *reinterpret_cast<uint4*>(lower + DP) = make_uint4(split(z[2] + z[3]), 0, 0, 0);
             }
             slot += BACK ? -1 : 1;
         }
     }
+    copy_wait<0>();
 }
 
 // ---- chunks of queries ----
 
-// Scores of 16 rows against one key tile, in units of log 2, -inf outside the window.
-template <int DP>
-__device__ __forceinline__ void scores(float (&s)[8][4], const Problem& p, const bf16* q, const bf16* k, int row, int i,
-                                       int tile) {
+// Scores of 16 rows against the keys from `first` on, in units of log 2, -inf outside the window.
+template <int DP, int N>
+__device__ __forceinline__ void scores(float (&s)[N][4], const Problem& p, const bf16* q, const bf16* k, int row, int i,
+                                       int first) {
     const int t = threadIdx.x & 3;
     const float scale = p.score_scale();
     const int from[2] = {p.start(i), p.start(i + 8)};
     clear(s);
     product<DP>(s, q, DP + SIDE, row, k, DP + SIDE);
 #pragma unroll
-    for (int n = 0; n < 8; n++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            const int j = tile * ROWS + n * 8 + t * 2 + (c & 1), r = c >> 1;
+            const int j = first + n * 8 + t * 2 + (c & 1), r = c >> 1;
             s[n][c] = j <= i + 8 * r && j >= from[r] ? s[n][c] * scale : -INFINITY;
         }
 }
 
-// Linear products of 16 rows with one key tile, 0 where the pair is not linear.
-template <int FP>
-__device__ __forceinline__ void linear_products(float (&s)[8][4], const Problem& p, const bf16* fq, const bf16* fk, int row,
-                                                int i, int tile) {
+// Linear products of 16 rows with the keys from `first` on, 0 where the pair is not linear.
+template <int FP, int N>
+__device__ __forceinline__ void linear_products(float (&s)[N][4], const Problem& p, const bf16* fq, const bf16* fk, int row,
+                                                int i, int first) {
     const int t = threadIdx.x & 3;
     const int from[2] = {p.start(i), p.start(i + 8)};
     clear(s);
     product<FP>(s, fq, FP + SIDE, row, fk, FP + SIDE);
 #pragma unroll
-    for (int n = 0; n < 8; n++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
         for (int c = 0; c < 4; c++)
-            if (tile * ROWS + n * 8 + t * 2 + (c & 1) >= from[c >> 1]) s[n][c] = 0.0f;
+            if (first + n * 8 + t * 2 + (c & 1) >= from[c >> 1]) s[n][c] = 0.0f;
+}
+
+// dz of 16 rows of a softmax map from their features, a tile in shared memory, and the features' gradient, [16, 128] in
+// accumulator layout: the first half of the columns is softmax(z), the second softmax(-z).
+template <int N> __device__ __forceinline__ void through_map(float (&dz)[8][4], const float (&grad)[N][4], const bf16* phi, int ld, int row) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    static_assert(N == 16, "64 columns, two sides");
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const bf16* at = phi + (row + g + 8 * r) * ld + t * 2;
+        float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int side = 0; side < 2; side++) {
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const float2 x = unpack(*reinterpret_cast<const uint32_t*>(at + side * 64 + n * 8));
+                sum[side] += (x.x > FLOOR ? x.x * grad[side * 8 + n][2 * r] : 0.0f) + (x.y > FLOOR ? x.y * grad[side * 8 + n][2 * r + 1] : 0.0f);
+            }
+            sum[side] = quad_sum(sum[side]);
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            const float2 up = unpack(*reinterpret_cast<const uint32_t*>(at + n * 8));
+            const float2 down = unpack(*reinterpret_cast<const uint32_t*>(at + 64 + n * 8));
+            const float u[2] = {up.x, up.y}, d[2] = {down.x, down.y};
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float gu = u[c] > FLOOR ? grad[n][2 * r + c] : 0.0f, gd = d[c] > FLOOR ? grad[8 + n][2 * r + c] : 0.0f;
+                dz[n][2 * r + c] = u[c] * (gu - sum[0]) - d[c] * (gd - sum[1]);
+            }
+        }
+    }
 }
 
 // Shared memory of the query-side kernels: q (or the target), phi_q, then the state, or phi_k (k) and v in its place.
@@ -231,12 +270,12 @@ __device__ __forceinline__ void store_grads(bf16* grads, int i, int time, const 
     }
 }
 
-// dphi_q of a chunk. The state's share reads `tiles.state` as it stands; pairs within reach load phi_k and v over it.
-template <int DP, int FP>
+// dphi_q of a chunk, or, through the maps, dz. The state's share reads `tiles.state` as it stands; pairs within reach load phi_k and v over it.
+template <int DP, int FP, bool MAPS>
 __device__ __forceinline__ void query_features(const Problem& p, const QueryTiles<DP, FP>& s, const bf16* state, int b, int h,
                                                int chunk, const uint32_t (&dn)[DP / 16][4], const float (&dden)[2],
-                                               bf16* dfeatures) {
-    constexpr int LD = DP + SIDE, LK = QueryTiles<DP, FP>::LK, PART = FP < 128 ? FP : 128, N = PART / 8;
+                                               bf16* dfeatures, float (&dz)[8][4]) {
+    constexpr int LD = DP + SIDE, LF = FP + SIDE, PART = FP < 128 ? FP : 128, N = PART / 8;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int row = warp * 16, i = chunk * ROWS + row + g, reach = p.reach(chunk);
     const float lambda = p.lambda(h);
@@ -267,23 +306,38 @@ __device__ __forceinline__ void query_features(const Problem& p, const QueryTile
             copy_wait<0>();
             __syncthreads();
             const int from[2] = {p.start(i), p.start(i + 8)};
-            float da[8][4];
-            clear(da);
-            product(da, dn, s.v, LD);
+            for (int half = 0; half < 2; half++) {
+                float da[4][4];
+                clear(da);
+                product(da, dn, s.v + half * 32 * LD, LD);
 #pragma unroll
-            for (int n = 0; n < 8; n++)
+                for (int n = 0; n < 4; n++)
 #pragma unroll
-                for (int c = 0; c < 4; c++)
-                    da[n][c] = tile * ROWS + n * 8 + t * 2 + (c & 1) < from[c >> 1] ? da[n][c] + dden[c >> 1] : 0.0f;
-            weighted(acc, da, s.k + part * PART, FP + SIDE);
+                    for (int c = 0; c < 4; c++) {
+                        const int j = tile * ROWS + half * 32 + n * 8 + t * 2 + (c & 1);
+                        da[n][c] = j < from[c >> 1] ? da[n][c] + dden[c >> 1] : 0.0f;
+                    }
+                weighted(acc, da, s.k + half * 32 * LF + part * PART, LF);
+            }
         }
         scale_all(acc, lambda, lambda);
         const int64_t at = (int64_t)b * p.time;
-        bf16* upper = i < p.time ? dfeatures + (at + i) * p.phi_row() + (int64_t)h * p.width + part * PART : nullptr;
-        bf16* lower = i + 8 < p.time ? upper + 8 * p.phi_row() : nullptr;
-        store_rows(upper, lower, p.width - part * PART, acc);
+        if constexpr (MAPS) {
+            clear(dz);
+            if (reach > 0 || within) through_map(dz, acc, s.fq, LF, row);
+            const int64_t stride = (int64_t)2 * p.heads * 64;
+            bf16* upper = i < p.time ? dfeatures + (at + i) * stride + h * 64 : nullptr;
+            store_rows(upper, i + 8 < p.time ? upper + 8 * stride : nullptr, 64, dz);
+        } else {
+            bf16* upper = i < p.time ? dfeatures + (at + i) * p.phi_row() + (int64_t)h * p.width + part * PART : nullptr;
+            bf16* lower = i + 8 < p.time ? upper + 8 * p.phi_row() : nullptr;
+            store_rows(upper, lower, p.width - part * PART, acc);
+        }
     }
 }
+
+// A row without linear keys keeps its denominator with a minus sign.
+__device__ __forceinline__ float mixed_sign(float den, float linear) { return linear > 0.0f ? den : -den; }
 
 struct Mse {
     const bf16* target;
@@ -293,8 +347,8 @@ struct Mse {
     float slope;
 };
 
-template <int DP, int FP, bool MSE>
-__global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all_states, bf16* y, Mse m) {
+template <int DP, int FP, bool MSE, bool MAPS>
+__global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all_states, bf16* y, float* saved, Mse m) {
     extern __shared__ uint4 smem[];
     using Tiles = QueryTiles<DP, FP>;
     constexpr int LD = Tiles::LD, LF = Tiles::LF, N = DP / 8;
@@ -322,7 +376,7 @@ __global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all
             copy_wait<1>();
             __syncthreads();
             float w[8][4];
-            scores<DP>(w, p, s.q, s.k, row, i, tile);
+            scores<DP>(w, p, s.q, s.k, row, i, tile * ROWS);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float best = top[r];
@@ -372,11 +426,13 @@ __global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all
         copy_commit();
         copy_wait<0>();
         __syncthreads();
-        float w[8][4];
-        linear_products<FP>(w, p, s.fq, s.k, row, i, tile);
+        for (int half = 0; half < 2; half++) {
+            float w[4][4];
+            linear_products<FP>(w, p, s.fq, s.k + half * 32 * LF, row, i, tile * ROWS + half * 32);
 #pragma unroll
-        for (int n = 0; n < 8; n++) den_linear[0] += w[n][0] + w[n][1], den_linear[1] += w[n][2] + w[n][3];
-        weighted(acc, w, s.v, LD);
+            for (int n = 0; n < 4; n++) den_linear[0] += w[n][0] + w[n][1], den_linear[1] += w[n][2] + w[n][3];
+            weighted(acc, w, s.v + half * 32 * LD, LD);
+        }
         __syncthreads();
     }
     den_linear[0] = quad_sum(den_linear[0]), den_linear[1] = quad_sum(den_linear[1]);
@@ -395,6 +451,10 @@ __global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float den = den_window[r] + lambda * den_linear[r];
+        if (!MSE && t == 0 && i + 8 * r < p.time) {
+            saved[plane * p.time + i + 8 * r] = top[r];
+            saved[((int64_t)p.batch * p.heads + plane) * p.time + i + 8 * r] = mixed_sign(den, den_linear[r]);
+        }
         live[r] = den >= MIN_DENOMINATOR;
         inverse[r] = 1.0f / fmaxf(den, MIN_DENOMINATOR);
     }
@@ -406,7 +466,7 @@ __global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all
     } else {
         float error = 0.0f, window = 0.0f, dden[2] = {0.0f, 0.0f};
         uint32_t dn[DP / 16][4];
-        const float mixed[2] = {den_linear[0] > 0.0f, den_linear[1] > 0.0f};  // a row of window alone has no gradient
+        const float mixed[2] = {den_linear[0] > 0.0f ? 1.0f : 0.0f, den_linear[1] > 0.0f ? 1.0f : 0.0f};  // a row of window alone has no gradient
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
@@ -428,7 +488,8 @@ __global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all
             if (t == 0) window += mixed[r] * dden[r] * den_window[r];
         }
         store_grads<DP>(m.grads + plane * p.time * LD, i, p.time, dn, dden);
-        query_features<DP, FP>(p, s, state, b, h, chunk, dn, dden, m.dfeatures);
+        float dz[8][4];
+        query_features<DP, FP, MAPS>(p, s, state, b, h, chunk, dn, dden, m.dfeatures, dz);
         __syncthreads();
         float* space = reinterpret_cast<float*>(smem);
         error = block_sum(error, space);
@@ -443,18 +504,20 @@ __global__ void __launch_bounds__(THREADS, 3) forward(Problem p, const bf16* all
 struct Backward {
     const bf16* y;
     const bf16* dy;
-    bf16* dqkv;       // null: not wanted
-    bf16* dfeatures;
+    const bf16* weight;  // of the maps [2 H, D, 64], where gradients go through them
+    const float* saved;  // [2, B, H, T]: maximum (log 2 units) and denominator, as the forward left them
+    bf16* dqkv;          // null: not wanted
+    bf16* dfeatures;     // through the maps: dz [B, T, 2 H, 64]
     bf16* grads;
-    float* partials;  // second half as in `Mse`
-    float* rows;      // [3, B, H, T]: maximum (log 2 units), window total of a da, index of the maximum
+    float* partials;     // second half as in `Mse`
+    float* rows;         // [2, B, H, T]: window total of a da, index of the maximum
 };
 
-template <int DP, int FP>
-__global__ void __launch_bounds__(THREADS, 2) query_side(Problem p, const bf16* all_states, Backward m) {
+template <int DP, int FP, bool MAPS>
+__global__ void __launch_bounds__(THREADS, 3) query_side(Problem p, const bf16* all_states, Backward m) {
     extern __shared__ uint4 smem[];
     using Tiles = QueryTiles<DP, FP>;
-    constexpr int LD = Tiles::LD, LF = Tiles::LF, N = DP / 8;
+    constexpr int LD = Tiles::LD, N = DP / 8;
     const Tiles s(smem);
     const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
@@ -462,21 +525,31 @@ __global__ void __launch_bounds__(THREADS, 2) query_side(Problem p, const bf16* 
     const int reach = p.reach(chunk), left = p.time - chunk * ROWS;
     const int64_t plane = (int64_t)b * p.heads + h, rows_all = (int64_t)p.batch * p.heads * p.time;
     const bf16* state = all_states + (plane * p.slots + reach - 1) * FP * LD;
-    const bool within = p.linear(chunk, reach);
-    const float sigma = p.sigma(h), lambda = p.lambda(h);
+    const float sigma = p.sigma(h);
     const int64_t stride = (int64_t)p.heads * p.dim;
     const int64_t at = ((int64_t)b * p.time + chunk * ROWS) * stride + (int64_t)h * p.dim;
 
     // dy.y and dy, before the buffers serve keys and values.
-    load_tile<DP>(s.q, p.rows(b, h, chunk), p.packed(), left, p.dim);
-    if (reach > 0 || within) load_tile<FP>(s.fq, p.phi(b, h, chunk), p.phi_row(), left, p.width);
     load_tile<DP>(s.k, m.dy + at, stride, left, p.dim);
     load_tile<DP>(s.v, m.y + at, stride, left, p.dim);
     copy_commit();
-    copy_wait<0>();
+    if (p.window > 0) load_tile<DP>(s.q, p.rows(b, h, chunk), p.packed(), left, p.dim);
+    if (MAPS && (reach > 0 || p.linear(chunk, reach))) load_tile<FP>(s.fq, p.phi(b, h, chunk), p.phi_row(), left, p.width);
+    copy_commit();
+    float top[2], inverse[2], dden[2] = {0.0f, 0.0f};
+    bool live[2], mixed[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const bool valid = i + 8 * r < p.time;
+        const float den = valid ? m.saved[rows_all + plane * p.time + i + 8 * r] : 1.0f;
+        top[r] = valid ? m.saved[plane * p.time + i + 8 * r] : 0.0f;
+        mixed[r] = valid && den > 0.0f;
+        live[r] = fabsf(den) >= MIN_DENOMINATOR;
+        inverse[r] = 1.0f / fmaxf(fabsf(den), MIN_DENOMINATOR);
+    }
+    copy_wait<1>();
     __syncthreads();
     uint32_t dn[DP / 16][4];
-    float dden[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int k = 0; k < DP / 16; k++) {
         uint32_t fy[4];
@@ -486,92 +559,35 @@ __global__ void __launch_bounds__(THREADS, 2) query_side(Problem p, const bf16* 
         for (int c = 0; c < 4; c++) {
             const float2 a = unpack(dn[k][c]), v = unpack(fy[c]);
             dden[c & 1] += a.x * v.x + a.y * v.y;
-        }
-    }
-    __syncthreads();
-
-    // The denominators: window, pairs within reach, state.
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
-    int best[2] = {0x7fffffff, 0x7fffffff};
-    if (p.window > 0) {
-        for (int tile = reach; tile <= chunk; tile++) {
-            load_tile<DP>(s.k, p.rows(b, p.key_head(h), tile), p.packed(), p.time - tile * ROWS, p.dim);
-            copy_commit();
-            copy_wait<0>();
-            __syncthreads();
-            float w[8][4];
-            scores<DP>(w, p, s.q, s.k, row, i, tile);
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const float before = top[r];
-#pragma unroll
-                for (int n = 0; n < 8; n++)
-#pragma unroll
-                    for (int c = 0; c < 2; c++)
-                        if (w[n][2 * r + c] > top[r]) {
-                            top[r] = w[n][2 * r + c];
-                            best[r] = tile * ROWS + n * 8 + t * 2 + c;
-                        }
-                const float shift = top[r] == -INFINITY ? 0.0f : top[r];
-                sum[r] *= exp2f(before - shift);
-#pragma unroll
-                for (int n = 0; n < 8; n++) sum[r] += exp2f(w[n][2 * r] - shift) + exp2f(w[n][2 * r + 1] - shift);
-            }
-            __syncthreads();
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float all = warp_max<4>(top[r]);
-            sum[r] = quad_sum(top[r] == -INFINITY ? 0.0f : sum[r] * exp2f(top[r] - all));
-            int j = top[r] == all ? best[r] : 0x7fffffff;  // the first key that holds the maximum
-            j = min(j, __shfl_xor_sync(0xffffffffu, j, 1));
-            best[r] = min(j, __shfl_xor_sync(0xffffffffu, j, 2));
-            top[r] = all;
-        }
-    }
-    float den_linear[2] = {0.0f, 0.0f};
-    for (int tile = reach; tile <= chunk && p.linear(chunk, tile); tile++) {
-        load_tile<FP>(s.k, p.phi(b, p.heads + h, tile), p.phi_row(), p.time - tile * ROWS, p.width);
-        copy_commit();
-        copy_wait<0>();
-        __syncthreads();
-        float w[8][4];
-        linear_products<FP>(w, p, s.fq, s.k, row, i, tile);
-#pragma unroll
-        for (int n = 0; n < 8; n++) den_linear[0] += w[n][0] + w[n][1], den_linear[1] += w[n][2] + w[n][3];
-        __syncthreads();
-    }
-    den_linear[0] = quad_sum(den_linear[0]), den_linear[1] = quad_sum(den_linear[1]);
-    if (reach > 0) {
-        load_padded<DP>(s.state, state, FP, FP);
-        copy_commit();
-        copy_wait<0>();
-        __syncthreads();
-        float den[2];
-        state_denominator<DP, FP>(den, s.fq, s.state, row);
-        den_linear[0] += den[0], den_linear[1] += den[1];
-    }
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const float den = sigma * sum[r] + lambda * den_linear[r];
-        inverse[r] = 1.0f / fmaxf(den, MIN_DENOMINATOR);
-        dden[r] = quad_sum(dden[r]);
-        dden[r] = den >= MIN_DENOMINATOR ? -dden[r] * inverse[r] : 0.0f;
-    }
-#pragma unroll
-    for (int k = 0; k < DP / 16; k++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const float2 a = unpack(dn[k][c]);
             dn[k][c] = pack(a.x * inverse[c & 1], a.y * inverse[c & 1]);
         }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        dden[r] = quad_sum(dden[r]);
+        dden[r] = live[r] ? -dden[r] * inverse[r] : 0.0f;
+    }
+    __syncthreads();
+    if (reach > 0) load_padded<DP>(s.state, state, FP, FP);
+    copy_commit();
     store_grads<DP>(m.grads + plane * p.time * LD, i, p.time, dn, dden);
-    query_features<DP, FP>(p, s, state, b, h, chunk, dn, dden, m.dfeatures);
+    copy_wait<0>();
+    __syncthreads();
+    float dz[8][4], total[2] = {0.0f, 0.0f}, dq[N][4];
+    query_features<DP, FP, MAPS>(p, s, state, b, h, chunk, dn, dden, m.dfeatures, dz);
+    clear(dq);
+    if (MAPS && m.dqkv) {
+        __syncthreads();
+        load_tile<64, DP>(s.k, m.weight + (int64_t)h * p.dim * 64, 64, p.dim, 64);
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+        weighted_rows(dq, dz, s.k, 64 + SIDE);
+    }
 
     // Through the window's exponentials.
-    float total[2] = {0.0f, 0.0f}, dq[N][4];
-    clear(dq);
+    int best[2] = {0x7fffffff, 0x7fffffff};  // the first key that holds the maximum
+    const float scale = rsqrtf((float)p.dim);
     if (p.window > 0) {
         for (int tile = reach; tile <= chunk; tile++) {
             __syncthreads();
@@ -580,49 +596,53 @@ __global__ void __launch_bounds__(THREADS, 2) query_side(Problem p, const bf16* 
             copy_commit();
             copy_wait<0>();
             __syncthreads();
-            float w[8][4], da[8][4];
-            scores<DP>(w, p, s.q, s.k, row, i, tile);
-            clear(da);
-            product(da, dn, s.v, LD);
+            for (int half = 0; half < 2; half++) {
+                const int first = tile * ROWS + half * 32;
+                float w[4][4], da[4][4];
+                scores<DP>(w, p, s.q, s.k + half * 32 * LD, row, i, first);
+                clear(da);
+                product(da, dn, s.v + half * 32 * LD, LD);
 #pragma unroll
-            for (int n = 0; n < 8; n++)
+                for (int n = 0; n < 4; n++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    w[n][c] = sigma * exp2f(w[n][c] - top[c >> 1]) * (da[n][c] + dden[c >> 1]);
-                    total[c >> 1] += w[n][c];
-                }
-            if (m.dqkv) weighted(dq, w, s.k, LD);
+                    for (int c = 0; c < 4; c++) {
+                        const int r = c >> 1;
+                        if (w[n][c] == top[r]) best[r] = min(best[r], first + n * 8 + t * 2 + (c & 1));
+                        w[n][c] = sigma * exp2f(w[n][c] - top[r]) * (da[n][c] + dden[r]);
+                        total[r] += w[n][c];
+                        w[n][c] *= scale;
+                    }
+                if (m.dqkv) weighted(dq, w, s.k + half * 32 * LD, LD);
+            }
         }
     }
-    // A row of window alone has no gradient to its factor.
-    float window = (i < p.time && den_linear[0] > 0.0f ? total[0] : 0.0f) + (i + 8 < p.time && den_linear[1] > 0.0f ? total[1] : 0.0f);
-    total[0] = quad_sum(total[0]), total[1] = quad_sum(total[1]);
+    float window = (mixed[0] ? total[0] : 0.0f) + (mixed[1] ? total[1] : 0.0f);
     if (m.dqkv) {
-        const float scale = rsqrtf((float)p.dim);
         bf16* out[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
+            total[r] = quad_sum(total[r]);
+            best[r] = min(best[r], __shfl_xor_sync(0xffffffffu, best[r], 1));
+            best[r] = min(best[r], __shfl_xor_sync(0xffffffffu, best[r], 2));
             const bool valid = i + 8 * r < p.time;
             out[r] = valid ? m.dqkv + ((int64_t)b * p.time + i + 8 * r) * p.packed() + (int64_t)h * p.dim : nullptr;
-            if (valid && p.window > 0) {
+            if (valid && best[r] <= i + 8 * r) {
                 // What the other keys lose goes to the key that holds the maximum.
                 const bf16* k = p.rows(b, p.key_head(h), 0) + best[r] * p.packed();
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     if (n * 8 >= p.dim) break;
                     const float2 x = unpack(*reinterpret_cast<const uint32_t*>(k + n * 8 + t * 2));
-                    dq[n][2 * r] -= total[r] * x.x;
-                    dq[n][2 * r + 1] -= total[r] * x.y;
+                    dq[n][2 * r] -= total[r] * scale * x.x;
+                    dq[n][2 * r + 1] -= total[r] * scale * x.y;
                 }
                 if (t == 0) {
                     float* stats = m.rows + plane * p.time + i + 8 * r;
-                    stats[0] = top[r];
-                    stats[rows_all] = total[r];
-                    stats[2 * rows_all] = __int_as_float(best[r]);
+                    stats[0] = total[r];
+                    stats[rows_all] = __int_as_float(best[r]);
                 }
             }
         }
-        scale_all(dq, scale, scale);
         store_rows(out[0], out[1], p.dim, dq);
     }
     __syncthreads();
@@ -632,27 +652,30 @@ __global__ void __launch_bounds__(THREADS, 2) query_side(Problem p, const bf16* 
 
 // ---- tiles of keys ----
 
-// Shared memory of `key_features`: v, then dS, or [dnum, dden] and phi_q in its place.
-template <int DP, int FP> struct KeyTiles {
+// Shared memory of `key_features`: v, then dS, or [dnum, dden] and phi_q in its place; through the maps phi_k besides.
+template <int DP, int FP, bool MAPS> struct KeyTiles {
     static constexpr int LD = DP + SIDE, LF = FP + SIDE;
     static constexpr int PAIR = ROWS * (LD + LF), STATE = FP * LD;
-    static constexpr int BYTES = 2 * (ROWS * LD + (STATE > PAIR ? STATE : PAIR));
+    static constexpr int REST = STATE > PAIR ? STATE : PAIR;
+    static constexpr int BYTES = 2 * (ROWS * LD + REST + (MAPS ? ROWS * LF : 0));
 };
 
-template <int DP, int FP>
-__global__ void __launch_bounds__(THREADS, 4) key_features(Problem p, const bf16* all_states, const bf16* all_grads,
+template <int DP, int FP, bool MAPS>
+__global__ void __launch_bounds__(THREADS, MAPS ? 3 : 4) key_features(Problem p, const bf16* all_states, const bf16* all_grads,
                                                             bf16* dfeatures) {
     extern __shared__ uint4 smem[];
-    using Tiles = KeyTiles<DP, FP>;
+    using Tiles = KeyTiles<DP, FP, MAPS>;
     constexpr int LD = Tiles::LD, LF = Tiles::LF, PART = FP < 128 ? FP : 128, N = PART / 8;
     bf16* v = reinterpret_cast<bf16*>(smem);
-    bf16 *state = v + ROWS * LD, *grads = state, *fq = grads + ROWS * LD;
+    bf16 *state = v + ROWS * LD, *grads = state, *fq = grads + ROWS * LD, *fk = state + Tiles::REST;
     const int tile = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int row = warp * 16, j = tile * ROWS + row + g, end = min(p.first(tile), p.chunks);
     const int64_t plane = (int64_t)b * p.heads + h;
     const float lambda = p.lambda(h);
     load_tile<DP>(v, p.rows(b, p.value_head(h), tile), p.packed(), p.time - tile * ROWS, p.dim);
+    if (MAPS) load_tile<FP>(fk, p.phi(b, p.heads + h, tile), p.phi_row(), p.time - tile * ROWS, p.width);
+    copy_commit();
     for (int part = 0; part < FP / PART; part++) {
         float acc[N][4];
         clear(acc);
@@ -691,9 +714,19 @@ __global__ void __launch_bounds__(THREADS, 4) key_features(Problem p, const bf16
                 for (int c = 0; c < 4; c++) acc[n][c] += joined(state + (n * 8 + t * 2 + (c & 1)) * LD + DP);
         }
         scale_all(acc, lambda, lambda);
-        const int64_t at = ((int64_t)b * p.time + j) * p.phi_row() + (int64_t)(p.heads + h) * p.width + part * PART;
-        bf16* upper = j < p.time ? dfeatures + at : nullptr;
-        store_rows(upper, j + 8 < p.time ? upper + 8 * p.phi_row() : nullptr, p.width - part * PART, acc);
+        if constexpr (MAPS) {
+            copy_wait<0>();
+            __syncthreads();
+            float dz[8][4];
+            through_map(dz, acc, fk, LF, row);
+            const int64_t stride = (int64_t)2 * p.heads * 64;
+            bf16* upper = j < p.time ? dfeatures + ((int64_t)b * p.time + j) * stride + (p.heads + h) * 64 : nullptr;
+            store_rows(upper, j + 8 < p.time ? upper + 8 * stride : nullptr, 64, dz);
+        } else {
+            const int64_t at = ((int64_t)b * p.time + j) * p.phi_row() + (int64_t)(p.heads + h) * p.width + part * PART;
+            bf16* upper = j < p.time ? dfeatures + at : nullptr;
+            store_rows(upper, j + 8 < p.time ? upper + 8 * p.phi_row() : nullptr, p.width - part * PART, acc);
+        }
     }
     copy_wait<0>();
 }
@@ -706,9 +739,8 @@ template <int DP, int FP> struct KeySideTiles {
     static constexpr int BYTES = 2 * (ROWS * (2 * LD + LF) + REST) + 5 * ROWS * 4;
 };
 
-template <int DP, int FP>
-__global__ void __launch_bounds__(THREADS, 2) key_side(Problem p, const bf16* all_states, const bf16* all_grads,
-                                                        const float* all_rows, bf16* dqkv) {
+template <int DP, int FP, bool MAPS>
+__global__ void __launch_bounds__(THREADS, 2) key_side(Problem p, const bf16* all_states, Backward m) {
     extern __shared__ uint4 smem[];
     using Tiles = KeySideTiles<DP, FP>;
     constexpr int LD = Tiles::LD, LF = Tiles::LF, N = DP / 8;
@@ -719,7 +751,7 @@ __global__ void __launch_bounds__(THREADS, 2) key_side(Problem p, const bf16* al
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int row = warp * 16, j = tile * ROWS + row + g, end = min(p.first(tile), p.chunks), keys = p.time - tile * ROWS;
     const int64_t rows_all = (int64_t)p.batch * p.heads * p.time;
-    const float scale = p.score_scale();
+    const float scale = p.score_scale(), by = rsqrtf((float)p.dim);
     load_tile<DP>(k, p.rows(b, p.heads + head, tile), p.packed(), keys, p.dim);
     load_tile<DP>(v, p.rows(b, p.heads + p.kv_heads + head, tile), p.packed(), keys, p.dim);
     float dk[N][4], dv[N][4];
@@ -730,6 +762,17 @@ __global__ void __launch_bounds__(THREADS, 2) key_side(Problem p, const bf16* al
         const float sigma = p.sigma(h), lambda = p.lambda(h);
         __syncthreads();
         load_tile<FP>(fk, p.phi(b, p.heads + h, tile), p.phi_row(), keys, p.width);
+        if (MAPS) {  // dk's share through the maps
+            bf16 *w = state, *z = w + DP * (64 + SIDE);
+            load_tile<64, DP>(w, m.weight + (int64_t)(p.heads + h) * p.dim * 64, 64, p.dim, 64);
+            load_tile<64>(z, m.dfeatures + (((int64_t)b * p.time + tile * ROWS) * 2 * p.heads + p.heads + h) * 64,
+                          (int64_t)2 * p.heads * 64, keys, 64);
+            copy_commit();
+            copy_wait<0>();
+            __syncthreads();
+            product<64>(dk, z, 64 + SIDE, row, w, 64 + SIDE);
+            __syncthreads();
+        }
         if (tile < p.slots) {
             load_padded<DP>(state, all_states + (plane * p.slots + tile) * FP * LD, FP, FP);
             copy_commit();
@@ -758,16 +801,16 @@ __global__ void __launch_bounds__(THREADS, 2) key_side(Problem p, const bf16* al
             const int left = p.time - chunk * ROWS;
             const bool window = p.window > 0 && p.start(chunk * ROWS) < (tile + 1) * ROWS, linear = p.linear(chunk, tile);
             __syncthreads();
-            load_padded<DP>(grads, all_grads + (plane * p.time + (int64_t)chunk * ROWS) * LD, ROWS, left);
+            load_padded<DP>(grads, m.grads + (plane * p.time + (int64_t)chunk * ROWS) * LD, ROWS, left);
             if (window) load_tile<DP>(q, p.rows(b, h, chunk), p.packed(), left, p.dim);
             copy_commit();
             if (threadIdx.x < ROWS) {
                 const int i = chunk * ROWS + threadIdx.x;
-                const float* from = all_rows + plane * p.time + i;
+                const float* from = m.rows + plane * p.time + i;
                 const bool valid = i < p.time && p.window > 0;
-                stats[threadIdx.x] = valid ? from[0] : 0.0f;
-                stats[ROWS + threadIdx.x] = valid ? from[rows_all] : 0.0f;
-                stats[2 * ROWS + threadIdx.x] = valid ? from[2 * rows_all] : __int_as_float(-1);
+                stats[threadIdx.x] = valid ? m.saved[plane * p.time + i] : 0.0f;
+                stats[ROWS + threadIdx.x] = valid ? from[0] : 0.0f;
+                stats[2 * ROWS + threadIdx.x] = valid ? from[rows_all] : __int_as_float(-1);
                 stats[3 * ROWS + threadIdx.x] = __int_as_float(i < p.time ? p.start(i) : 0);
             }
             copy_wait<0>();
@@ -796,6 +839,7 @@ __global__ void __launch_bounds__(THREADS, 2) key_side(Problem p, const bf16* al
                         const int col = n * 8 + t * 2 + (c & 1);
                         w[n][c] *= da[n][c] + stats[4 * ROWS + col];
                         if (j + 8 * (c >> 1) == __float_as_int(stats[2 * ROWS + col])) w[n][c] -= stats[ROWS + col];
+                        w[n][c] *= by;
                     }
                 weighted(dk, w, q, LD);
             }
@@ -819,9 +863,7 @@ __global__ void __launch_bounds__(THREADS, 2) key_side(Problem p, const bf16* al
             }
         }
     }
-    const float by = rsqrtf((float)p.dim);
-    scale_all(dk, by, by);
-    bf16* out = dqkv + ((int64_t)b * p.time + j) * p.packed() + (int64_t)(p.heads + head) * p.dim;
+    bf16* out = m.dqkv + ((int64_t)b * p.time + j) * p.packed() + (int64_t)(p.heads + head) * p.dim;
     bf16 *upper = j < p.time ? out : nullptr, *lower = j + 8 < p.time ? out + 8 * p.packed() : nullptr;
     store_rows(upper, lower, p.dim, dk);
     const int64_t values = (int64_t)p.kv_heads * p.dim;
@@ -851,6 +893,7 @@ __global__ void __launch_bounds__(THREADS) sums(Problem p, const float* partials
 
 // ---- launchers ----
 
+// kind 0: what the forward leaves for the backward; 1: for the loss; 2: for the backward.
 struct Scratch {
     bf16 *states, *grads;
     float *partials, *rows;
@@ -864,22 +907,20 @@ struct Scratch {
         };
         const size_t planes = (size_t)p.batch * p.heads;
         states = (bf16*)take(planes * p.slots * fp * (dp + SIDE) * 2);
-        if (kind > 0) {
-            grads = (bf16*)take(planes * p.time * (dp + SIDE) * 2);
-            partials = (float*)take(planes * p.chunks * 2 * 4);
-            rows = (float*)take(kind > 1 ? planes * p.time * 3 * 4 : 0);
-        }
+        grads = (bf16*)take(kind > 0 ? planes * p.time * (dp + SIDE) * 2 : 0);
+        partials = (float*)take(kind > 0 ? planes * p.chunks * 2 * 4 : 0);
+        rows = (float*)take(kind != 1 ? planes * p.time * 2 * 4 : 0);
         bytes = at;
     }
 };
 
 int padded_dim(int dim) { return dim <= 64 ? 64 : 128; }
-int padded_width(int width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
+int padded_width(int width) { return width <= 128 ? 128 : 256; }
 
 bool problem(Problem& p, const void* qkv, const void* features, const void* factors, int batch, int time, int heads,
              int kv_heads, int dim, int width, int window, int terraced, int affine) {
     if (batch < 1 || time < 1 || kv_heads < 1 || heads % kv_heads != 0 || dim < 8 || dim > 128 || dim % 8 != 0 || width < 8 ||
-        width > 256 || width % 8 != 0 || window < 0 || (terraced && window == 0) || batch > 65535 || heads > 65535)
+        width > (dim > 64 ? 256 : 128) || width % 8 != 0 || window < 0 || (terraced && window == 0) || batch > 65535 || heads > 65535)
         return false;
     p.qkv = (const bf16*)qkv, p.features = (const bf16*)features, p.factors = (const float*)factors;
     p.batch = batch, p.time = time, p.heads = heads, p.kv_heads = kv_heads, p.dim = dim, p.width = width;
@@ -893,21 +934,28 @@ template <class K> cudaError_t reserve(K kernel, int bytes) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
+template <int DP, int FP, int FS, bool BACK>
+cudaError_t launch_states(const Problem& p, const Scratch& s, cudaStream_t stream) {
+    const int bytes = (FS == 64 ? 2 : 4) * 2 * 64 * (DP + FS + 2 * SIDE) + 64;
+    cudaError_t error = reserve(states<DP, FP, FS, BACK>, bytes);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(FP / FS, p.heads, p.batch);
+    states<DP, FP, FS, BACK><<<grid, THREADS, bytes, stream>>>(p, s.grads, s.states);
+    return cudaGetLastError();
+}
+
+// Few heads: narrower slices of the features, so that more blocks run.
 template <int DP, int FP, bool BACK>
 cudaError_t launch_states(const Problem& p, const Scratch& s, cudaStream_t stream) {
     if (p.slots == 0) return cudaSuccess;
-    const int bytes = 2 * 2 * 64 * (DP + 64 + 2 * SIDE) + 64;
-    cudaError_t error = reserve(states<DP, FP, BACK>, bytes);
-    if (error != cudaSuccess) return error;
-    const dim3 grid(FP / 64, p.heads, p.batch);
-    states<DP, FP, BACK><<<grid, THREADS, bytes, stream>>>(p, s.grads, s.states);
-    return cudaGetLastError();
+    if (p.batch * p.heads * (FP / 64) < 264) return launch_states<DP, FP, 32, BACK>(p, s, stream);
+    return launch_states<DP, FP, 64, BACK>(p, s, stream);
 }
 
 struct Call {
     Problem p;
-    void *y, *dy, *target, *loss, *dqkv, *dfeatures, *dfactors, *scratch;
-    float weight;
+    void *y, *dy, *target, *weight, *loss, *dqkv, *dfeatures, *dfactors, *saved, *scratch;
+    float loss_weight;
     cudaStream_t stream;
 };
 
@@ -919,61 +967,73 @@ struct Call {
 
 template <int DP, int FP> cudaError_t run_forward(const Call& c) {
     const Problem& p = c.p;
-    const Scratch s(c.scratch, p, DP, FP, 0);
+    const Scratch s(c.saved, p, DP, FP, 0);
     MARGAY_TRY((launch_states<DP, FP, false>(p, s, c.stream)));
     constexpr int bytes = QueryTiles<DP, FP>::BYTES;
-    MARGAY_TRY(reserve(forward<DP, FP, false>, bytes));
+    MARGAY_TRY((reserve(forward<DP, FP, false, false>, bytes)));
     const dim3 grid(p.chunks, p.heads, p.batch);
-    forward<DP, FP, false><<<grid, THREADS, bytes, c.stream>>>(p, s.states, (bf16*)c.y, Mse{});
+    forward<DP, FP, false, false><<<grid, THREADS, bytes, c.stream>>>(p, s.states, (bf16*)c.y, s.rows, Mse{});
     return cudaGetLastError();
 }
 
-template <int DP, int FP> cudaError_t run_key_features(const Call& c, const Scratch& s) {
+template <int DP, int FP, bool MAPS> cudaError_t run_key_features(const Call& c, const Scratch& s) {
     const Problem& p = c.p;
     MARGAY_TRY((launch_states<DP, FP, true>(p, s, c.stream)));
-    constexpr int bytes = KeyTiles<DP, FP>::BYTES;
-    MARGAY_TRY(reserve(key_features<DP, FP>, bytes));
+    constexpr int bytes = KeyTiles<DP, FP, MAPS>::BYTES;
+    MARGAY_TRY((reserve(key_features<DP, FP, MAPS>, bytes)));
     const dim3 grid(p.chunks, p.heads, p.batch);
-    key_features<DP, FP><<<grid, THREADS, bytes, c.stream>>>(p, s.states, s.grads, (bf16*)c.dfeatures);
+    key_features<DP, FP, MAPS><<<grid, THREADS, bytes, c.stream>>>(p, s.states, s.grads, (bf16*)c.dfeatures);
     return cudaGetLastError();
 }
 
-template <int DP, int FP> cudaError_t run_mse(const Call& c) {
+template <int DP, int FP, bool MAPS> cudaError_t mse(const Call& c) {
     const Problem& p = c.p;
     const Scratch s(c.scratch, p, DP, FP, 1);
     MARGAY_TRY((launch_states<DP, FP, false>(p, s, c.stream)));
     constexpr int bytes = QueryTiles<DP, FP>::BYTES;
-    MARGAY_TRY(reserve(forward<DP, FP, true>, bytes));
-    const float mean = c.weight / ((float)p.batch * p.time * p.heads * p.dim);
+    MARGAY_TRY((reserve(forward<DP, FP, true, MAPS>, bytes)));
+    const float mean = c.loss_weight / ((float)p.batch * p.time * p.heads * p.dim);
     const dim3 grid(p.chunks, p.heads, p.batch);
     const Mse m{(const bf16*)c.target, (bf16*)c.dfeatures, s.grads, s.partials, 2.0f * mean};
-    forward<DP, FP, true><<<grid, THREADS, bytes, c.stream>>>(p, s.states, nullptr, m);
+    forward<DP, FP, true, MAPS><<<grid, THREADS, bytes, c.stream>>>(p, s.states, nullptr, nullptr, m);
     MARGAY_TRY(cudaGetLastError());
-    MARGAY_TRY((run_key_features<DP, FP>(c, s)));
+    MARGAY_TRY((run_key_features<DP, FP, MAPS>(c, s)));
     sums<<<p.heads + 1, THREADS, 256, c.stream>>>(p, s.partials, (float*)c.dfactors, (float*)c.loss, mean);
     return cudaGetLastError();
 }
 
-template <int DP, int FP> cudaError_t run_backward(const Call& c) {
+template <int DP, int FP, bool MAPS> cudaError_t backward(const Call& c) {
     const Problem& p = c.p;
-    const Scratch s(c.scratch, p, DP, FP, 2);
-    MARGAY_TRY((launch_states<DP, FP, false>(p, s, c.stream)));
+    const Scratch before(c.saved, p, DP, FP, 0), s(c.scratch, p, DP, FP, 2);
     constexpr int bytes = QueryTiles<DP, FP>::BYTES;
-    MARGAY_TRY(reserve(query_side<DP, FP>, bytes));
+    MARGAY_TRY((reserve(query_side<DP, FP, MAPS>, bytes)));
     const dim3 grid(p.chunks, p.heads, p.batch);
-    const Backward m{(const bf16*)c.y, (const bf16*)c.dy, (bf16*)c.dqkv, (bf16*)c.dfeatures, s.grads, s.partials, s.rows};
-    query_side<DP, FP><<<grid, THREADS, bytes, c.stream>>>(p, s.states, m);
+    const Backward m{(const bf16*)c.y, (const bf16*)c.dy,      (const bf16*)c.weight, before.rows, (bf16*)c.dqkv,
+                     (bf16*)c.dfeatures, s.grads, s.partials, s.rows};
+    query_side<DP, FP, MAPS><<<grid, THREADS, bytes, c.stream>>>(p, before.states, m);
     MARGAY_TRY(cudaGetLastError());
-    MARGAY_TRY((run_key_features<DP, FP>(c, s)));
+    MARGAY_TRY((run_key_features<DP, FP, MAPS>(c, s)));
     if (c.dqkv) {
         constexpr int side = KeySideTiles<DP, FP>::BYTES;
-        MARGAY_TRY(reserve(key_side<DP, FP>, side));
+        MARGAY_TRY((reserve(key_side<DP, FP, MAPS>, side)));
         const dim3 tiles(p.chunks, p.kv_heads, p.batch);
-        key_side<DP, FP><<<tiles, THREADS, side, c.stream>>>(p, s.states, s.grads, s.rows, (bf16*)c.dqkv);
+        key_side<DP, FP, MAPS><<<tiles, THREADS, side, c.stream>>>(p, s.states, m);
         MARGAY_TRY(cudaGetLastError());
     }
     sums<<<p.heads, THREADS, 256, c.stream>>>(p, s.partials, (float*)c.dfactors, nullptr, 0.0f);
     return cudaGetLastError();
+}
+
+template <int DP, int FP> cudaError_t run_mse(const Call& c) {
+    if constexpr (FP == 128)
+        if (c.weight) return mse<DP, FP, true>(c);
+    return c.weight ? cudaErrorInvalidValue : mse<DP, FP, false>(c);
+}
+
+template <int DP, int FP> cudaError_t run_backward(const Call& c) {
+    if constexpr (FP == 128)
+        if (c.weight) return backward<DP, FP, true>(c);
+    return c.weight ? cudaErrorInvalidValue : backward<DP, FP, false>(c);
 }
 
 #define MARGAY_DISPATCH(run, c)                                                                  \
@@ -982,14 +1042,11 @@ template <int DP, int FP> cudaError_t run_backward(const Call& c) {
     MARGAY_REST(run, c)                                                                          \
     return cudaErrorInvalidValue;
 
-#ifdef MARGAY_ONLY_128
+#ifdef MARGAY_ONLY_128  // quicker to compile while working on this file
 #define MARGAY_REST(run, c)
 #else
 #define MARGAY_REST(run, c)                                                                      \
-    if (dp == 64 && fp == 64) return run<64, 64>(c);                                             \
     if (dp == 64 && fp == 128) return run<64, 128>(c);                                           \
-    if (dp == 64 && fp == 256) return run<64, 256>(c);                                           \
-    if (dp == 128 && fp == 64) return run<128, 64>(c);                                           \
     if (dp == 128 && fp == 256) return run<128, 256>(c);
 #endif
 
@@ -998,47 +1055,56 @@ template <int DP, int FP> cudaError_t run_backward(const Call& c) {
 
 using namespace margay;
 
-// Bytes of scratch: kind 0 for the forward, 1 for the loss, 2 for the backward. 0: this shape is not supported.
+// Bytes of kind 0: what the forward leaves for the backward (scratch where there is none); 1: scratch of the loss; 2: scratch of
+// the backward. 0: this shape is not supported.
 extern "C" size_t margay_hybrid_attn_scratch(int kind, int batch, int time, int heads, int kv_heads, int dim, int width,
                                              int window, int terraced) {
     Problem p;
     if (!problem(p, nullptr, nullptr, nullptr, batch, time, heads, kv_heads, dim, width, window, terraced, 0)) return 0;
-    const size_t bytes = Scratch(nullptr, p, padded_dim(dim), padded_width(width), kind).bytes;
-    return bytes > 256 ? bytes : 256;
+    int device, most;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        most < (width > 128 ? KeySideTiles<128, 256>::BYTES : KeySideTiles<128, 128>::BYTES))
+        return 0;
+    return Scratch(nullptr, p, padded_dim(dim), padded_width(width), kind).bytes;
 }
 
-extern "C" int margay_hybrid_attn_fwd(const void* qkv, const void* features, const void* factors, void* y, void* scratch,
+extern "C" int margay_hybrid_attn_fwd(const void* qkv, const void* features, const void* factors, void* y, void* saved,
                                       int batch, int time, int heads, int kv_heads, int dim, int width, int window,
                                       int terraced, int affine, void* stream) {
     Call c{};
     if (!problem(c.p, qkv, features, factors, batch, time, heads, kv_heads, dim, width, window, terraced, affine))
         return cudaErrorInvalidValue;
-    c.y = y, c.scratch = scratch, c.stream = (cudaStream_t)stream;
+    c.y = y, c.saved = saved, c.stream = (cudaStream_t)stream;
     MARGAY_DISPATCH(run_forward, c)
 }
 
-// Gradients of `y` (as the forward gave it) for `dy`; `dqkv` may be null.
-extern "C" int margay_hybrid_attn_bwd(const void* qkv, const void* features, const void* factors, const void* y,
-                                      const void* dy, void* dqkv, void* dfeatures, void* dfactors, void* scratch, int batch,
-                                      int time, int heads, int kv_heads, int dim, int width, int window, int terraced,
-                                      int affine, void* stream) {
+// Gradients of `y` for `dy`, both `y` and `saved` as the forward left them; `dqkv` may be null. With `weight` [2 H, D, 64], the
+// softmax maps the features come from, `dfeatures` receives dz [B, T, 2 H, 64] instead, and `dqkv` the maps' share too.
+extern "C" int margay_hybrid_attn_bwd(const void* qkv, const void* features, const void* factors, const void* weight,
+                                      const void* y, const void* saved, const void* dy, void* dqkv, void* dfeatures,
+                                      void* dfactors, void* scratch, int batch, int time, int heads, int kv_heads, int dim,
+                                      int width, int window, int terraced, int affine, void* stream) {
     Call c{};
-    if (!problem(c.p, qkv, features, factors, batch, time, heads, kv_heads, dim, width, window, terraced, affine))
+    if (!problem(c.p, qkv, features, factors, batch, time, heads, kv_heads, dim, width, window, terraced, affine) ||
+        (weight && width != 128))
         return cudaErrorInvalidValue;
-    c.y = (void*)y, c.dy = (void*)dy, c.dqkv = dqkv, c.dfeatures = dfeatures, c.dfactors = dfactors;
+    c.weight = (void*)weight, c.y = (void*)y, c.saved = (void*)saved, c.dy = (void*)dy;
+    c.dqkv = dqkv, c.dfeatures = dfeatures, c.dfactors = dfactors;
     c.scratch = scratch, c.stream = (cudaStream_t)stream;
     MARGAY_DISPATCH(run_backward, c)
 }
 
-// loss = weight mean((y - target)^2) with its gradients to features and factors.
-extern "C" int margay_hybrid_attn_mse(const void* qkv, const void* features, const void* factors, const void* target,
-                                      void* loss, void* dfeatures, void* dfactors, void* scratch, float weight, int batch,
-                                      int time, int heads, int kv_heads, int dim, int width, int window, int terraced,
-                                      int affine, void* stream) {
+// loss = loss_weight mean((y - target)^2) with its gradients to features (or to z, as above) and factors.
+extern "C" int margay_hybrid_attn_mse(const void* qkv, const void* features, const void* factors, const void* weight,
+                                      const void* target, void* loss, void* dfeatures, void* dfactors, void* scratch,
+                                      float loss_weight, int batch, int time, int heads, int kv_heads, int dim, int width,
+                                      int window, int terraced, int affine, void* stream) {
     Call c{};
-    if (!problem(c.p, qkv, features, factors, batch, time, heads, kv_heads, dim, width, window, terraced, affine))
+    if (!problem(c.p, qkv, features, factors, batch, time, heads, kv_heads, dim, width, window, terraced, affine) ||
+        (weight && width != 128))
         return cudaErrorInvalidValue;
-    c.target = (void*)target, c.loss = loss, c.dfeatures = dfeatures, c.dfactors = dfactors;
-    c.scratch = scratch, c.weight = weight, c.stream = (cudaStream_t)stream;
+    c.weight = (void*)weight, c.target = (void*)target, c.loss = loss, c.dfeatures = dfeatures, c.dfactors = dfactors;
+    c.scratch = scratch, c.loss_weight = loss_weight, c.stream = (cudaStream_t)stream;
     MARGAY_DISPATCH(run_mse, c)
 }

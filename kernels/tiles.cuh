@@ -102,17 +102,34 @@ __device__ __forceinline__ void product(float (&c)[N][4], const uint32_t (&a)[KS
         }
 }
 
-// c += w b with w [16, 64] in accumulator layout, rounded to bf16, and b [64][n].
-template <int N>
-__device__ __forceinline__ void weighted(float (&c)[N][4], const float (&w)[8][4], const bf16* b, int ldb) {
+// c += w b with w [16, 8 K] in accumulator layout, rounded to bf16, and b [8 K][n].
+template <int K, int N>
+__device__ __forceinline__ void weighted(float (&c)[N][4], const float (&w)[K][4], const bf16* b, int ldb) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < K / 2; k++) {
         const uint32_t a[4] = {pack(w[2 * k][0], w[2 * k][1]), pack(w[2 * k][2], w[2 * k][3]),
                                pack(w[2 * k + 1][0], w[2 * k + 1][1]), pack(w[2 * k + 1][2], w[2 * k + 1][3])};
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             uint32_t fb[4];
             frag_b_t(fb, b, ldb, k * 16, n * 8);
+            mma(c[n], a, fb[0], fb[1]);
+            mma(c[n + 1], a, fb[2], fb[3]);
+        }
+    }
+}
+
+// The same with b [n][8 K].
+template <int K, int N>
+__device__ __forceinline__ void weighted_rows(float (&c)[N][4], const float (&w)[K][4], const bf16* b, int ldb) {
+#pragma unroll
+    for (int k = 0; k < K / 2; k++) {
+        const uint32_t a[4] = {pack(w[2 * k][0], w[2 * k][1]), pack(w[2 * k][2], w[2 * k][3]),
+                               pack(w[2 * k + 1][0], w[2 * k + 1][1]), pack(w[2 * k + 1][2], w[2 * k + 1][3])};
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            uint32_t fb[4];
+            frag_b(fb, b, ldb, n * 8, k * 16);
             mma(c[n], a, fb[0], fb[1]);
             mma(c[n + 1], a, fb[2], fb[3]);
         }
