@@ -948,7 +948,8 @@ cudaError_t launch_states(const Problem& p, const Scratch& s, cudaStream_t strea
 template <int DP, int FP, bool BACK>
 cudaError_t launch_states(const Problem& p, const Scratch& s, cudaStream_t stream) {
     if (p.slots == 0) return cudaSuccess;
-    if (p.batch * p.heads * (FP / 64) < 264) return launch_states<DP, FP, 32, BACK>(p, s, stream);
+    constexpr int NARROW = DP == 128 ? 16 : 32;
+    if (p.batch * p.heads * (FP / 64) < 264) return launch_states<DP, FP, NARROW, BACK>(p, s, stream);
     return launch_states<DP, FP, 64, BACK>(p, s, stream);
 }
 

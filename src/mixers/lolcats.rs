@@ -15,7 +15,6 @@ use super::{Design, Heads, Mixer, MixerDef, PIECE, Spec, State, Weights};
 use crate::families::Architecture;
 use crate::ops::feature_map;
 use crate::ops::hybrid_attn::{HybridAttn, MIN_DENOMINATOR, Window, sigmoid};
-use crate::ops::loss::mse;
 use crate::ops::softmax_attn::repeat_kv;
 use crate::params::{Init, Param};
 
@@ -366,7 +365,7 @@ impl Mixer for Lolcats {
         {
             return Ok(loss);
         }
-        mse(&self.attn.forward(qkv, &self.features(qkv, &self.sources)?, &factors)?, target, weight)
+        self.attn.mse(qkv, &self.features(qkv, &self.sources)?, &factors, target, weight)
     }
 
     fn parallel(&self, x: &Heads) -> Result<(Tensor, Weights)> {

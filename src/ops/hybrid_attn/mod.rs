@@ -89,6 +89,25 @@ impl HybridAttn {
         qkv.contiguous()?.apply_op3(&features.contiguous()?, &factors.contiguous()?, op)
     }
 
+    /// `weight * mean((y - target)²)`, a scalar f32 with gradients to `features` and `factors`. Where nothing asks for
+    /// those of `qkv` it is computed chunk by chunk with its gradients, and y is never stored.
+    pub fn mse(
+        &self,
+        qkv: &Tensor,
+        features: &Tensor,
+        factors: &Tensor,
+        target: &Tensor,
+        weight: f64,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if !qkv.track_op()
+            && let Some(loss) = cuda::mse(self, qkv, features, factors, target, weight)?
+        {
+            return Ok(loss);
+        }
+        super::loss::mse(&self.forward(qkv, features, factors)?, target, weight)
+    }
+
     /// `forward` on the features of softmax maps without bias, `weight` [2 H, D, C], in one op; None where it does not
     /// exist for these tensors.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
