@@ -234,16 +234,28 @@ impl Lolcats {
         Tensor::cat(&[flat(q)?, flat(k)?], 0).map(Some)
     }
 
+    /// Weights of the maps of queries and keys, [2 H, D, C]; `None` for maps without weights.
+    fn map_weights(&self) -> Result<Option<Tensor>> {
+        let Some(weight) = self.both("layer")? else { return Ok(None) };
+        if self.config.skip_connection {
+            return weight.broadcast_add(&Tensor::eye(self.cols, weight.dtype(), weight.device())?).map(Some);
+        }
+        Ok(Some(weight))
+    }
+
+    /// The same where attention and maps may run as one op.
+    fn fusible_weights(&self) -> Result<Option<Tensor>> {
+        let fusible = self.config.feature_map == FeatureMap::SoftmaxDim && self.config.bias == Bias::None;
+        if fusible { self.map_weights() } else { Ok(None) }
+    }
+
     /// φ [B, T, maps, F] of packed rotated heads by the maps that read `sources`, the last `sources.len()` of all maps.
     fn features(&self, packed: &Tensor, sources: &[usize]) -> Result<Tensor> {
         let from = self.sources.len() - sources.len();
-        let Some(mut weight) = self.both("layer")? else {
+        let Some(weight) = self.map_weights()? else {
             let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
             return packed.contiguous()?.index_select(&index, 2)?.elu(1.0)? + 1.0;
         };
-        if self.config.skip_connection {
-            weight = weight.broadcast_add(&Tensor::eye(self.cols, weight.dtype(), weight.device())?)?;
-        }
         let bias = match self.both("bias")? {
             Some(bias) => bias.broadcast_as((self.sources.len(), self.cols))?.contiguous()?,
             None => Tensor::zeros((self.sources.len(), self.cols), weight.dtype(), weight.device())?,
@@ -258,10 +270,10 @@ impl Lolcats {
         maps.forward(packed, &cut(weight)?.to_dtype(packed.dtype())?, &cut(bias)?.to_dtype(packed.dtype())?)
     }
 
-    /// Window factors before the sigmoid, [H].
+    /// Window factors before the sigmoid, [H], in their own precision.
     fn factors(&self, like: &Tensor) -> Result<Tensor> {
         match self.param("window_factors") {
-            Some(f) => f.flatten_all()?.to_dtype(like.dtype()),
+            Some(f) => f.flatten_all(),
             None => Tensor::zeros(self.attn.heads, like.dtype(), like.device()),
         }
     }
@@ -288,7 +300,7 @@ impl Lolcats {
         let (keys, values) = (heads(&k)?, heads(&v)?); // [B, H, m, D]
         let q = wide(&qkv.narrow(2, 0, h)?)?.transpose(1, 2)?.contiguous()?; // [B, H, n, D]
         let fq = wide(&self.features(qkv, &self.sources)?.narrow(2, 0, h)?)?.transpose(1, 2)?.contiguous()?;
-        let sigma = sigmoid(&self.factors(&q)?)?.reshape((1, h, 1, 1))?;
+        let sigma = sigmoid(&self.factors(&q)?.to_dtype(q.dtype())?)?.reshape((1, h, 1, 1))?;
         let lambda = if self.attn.affine { (1.0 - &sigma)? } else { sigma.ones_like()? };
 
         let cell = |inside: &dyn Fn(usize, usize) -> bool| {
@@ -336,7 +348,24 @@ impl Lolcats {
 impl Mixer for Lolcats {
     fn forward(&self, x: &Heads) -> Result<Tensor> {
         let qkv = x.rotated()?;
-        self.attn.forward(qkv, &self.features(qkv, &self.sources)?, &self.factors(qkv)?)
+        let factors = self.factors(qkv)?;
+        if let Some(weight) = self.fusible_weights()?
+            && let Some(y) = self.attn.with_maps(qkv, &weight, &factors)?
+        {
+            return Ok(y);
+        }
+        self.attn.forward(qkv, &self.features(qkv, &self.sources)?, &factors)
+    }
+
+    fn mse(&self, x: &Heads, target: &Tensor, weight: f64) -> Result<Tensor> {
+        let qkv = x.rotated()?;
+        let factors = self.factors(qkv)?;
+        if let Some(maps) = self.fusible_weights()?
+            && let Some(loss) = self.attn.mse_with_maps(qkv, &maps, &factors, target, weight)?
+        {
+            return Ok(loss);
+        }
+        self.attn.mse(qkv, &self.features(qkv, &self.sources)?, &factors, target, weight)
     }
 
     fn parallel(&self, x: &Heads) -> Result<(Tensor, Weights)> {

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 
 use crate::families::Architecture;
+use crate::ops::loss::mse;
 use crate::ops::rope::rope;
 use crate::params::{Init, Param};
 
@@ -57,6 +58,10 @@ pub struct Spec {
 pub trait Mixer: Send + Sync {
     /// Whole sequence, linear in time and memory where the mixer is: training. [B, T, H, D]
     fn forward(&self, x: &Heads) -> Result<Tensor>;
+    /// `weight * mean((forward - target)²)`, a scalar f32; what attention transfer minimises.
+    fn mse(&self, x: &Heads, target: &Tensor, weight: f64) -> Result<Tensor> {
+        mse(&self.forward(x)?, target, weight)
+    }
     /// Whole sequence by the definition, T x T: the oracle. [B, T, H, D] and the normalised weights.
     fn parallel(&self, x: &Heads) -> Result<(Tensor, Weights)>;
     /// The tokens that follow those in the state, one or many: prefill and decoding. [B, T, H, D]

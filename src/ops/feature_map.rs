@@ -40,6 +40,10 @@ impl FeatureMap {
     }
 
     pub fn forward(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if cuda::fits(self, x, weight)? {
+            return cuda::forward(self, x, weight, bias);
+        }
         if !super::fast(x) {
             return self.plain(x, weight, bias);
         }
@@ -267,6 +271,189 @@ impl CustomOp3 for Op {
         let dx = if self.x_grad { Some(Tensor::from_vec(dx, x.shape(), x.device())?) } else { None };
         let dw = Tensor::from_vec(dw, weight.shape(), weight.device())?;
         Ok((dx, Some(dw), Some(Tensor::from_vec(db, bias.shape(), bias.device())?)))
+    }
+}
+
+/// Launches of `kernels/feature_map.cu`.
+#[cfg(feature = "cuda")]
+pub(super) mod cuda {
+    use std::ffi::{c_int, c_void};
+    use std::ptr::{null, null_mut};
+
+    use candle_core::{DType, Result, Tensor};
+
+    use super::super::cuda::{Output, device_of, launch, pointer, ready};
+    use super::{Activation, FeatureMap};
+
+    unsafe extern "C" {
+        fn margay_feature_map_scratch(rows: i64, dim: c_int, maps: c_int, cols: c_int) -> usize;
+        fn margay_feature_map_fwd(
+            x: *const c_void,
+            weight: *const c_void,
+            bias: *const c_void,
+            out: *mut c_void,
+            sources: *const c_int,
+            rows: i64,
+            heads: c_int,
+            dim: c_int,
+            maps: c_int,
+            cols: c_int,
+            activation: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+        fn margay_feature_map_bwd(
+            x: *const c_void,
+            weight: *const c_void,
+            bias: *const c_void,
+            phi: *const c_void,
+            dphi: *const c_void,
+            dx: *mut c_void,
+            dweight: *mut c_void,
+            dbias: *mut c_void,
+            scratch: *mut c_void,
+            sources: *const c_int,
+            rows: i64,
+            heads: c_int,
+            dim: c_int,
+            maps: c_int,
+            cols: c_int,
+            activation: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+        fn margay_feature_map_dweight(
+            x: *const c_void,
+            dz: *const c_void,
+            dweight: *mut c_void,
+            scratch: *mut c_void,
+            sources: *const c_int,
+            rows: i64,
+            heads: c_int,
+            dim: c_int,
+            maps: c_int,
+            cols: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+    }
+
+    /// Whether the kernels take these tensors.
+    pub fn fits(map: &FeatureMap, x: &Tensor, weight: &Tensor) -> Result<bool> {
+        let (maps, dim, cols) = weight.dims3()?;
+        let sizes = maps <= 1024 && [dim, cols].iter().all(|n| n.is_multiple_of(8) && *n <= 128);
+        // SAFETY: arithmetic on sizes and a question about the chip.
+        let held = || unsafe { margay_feature_map_scratch(1, dim as c_int, maps as c_int, cols as c_int) } > 0;
+        Ok(ready(x)
+            && [x, weight].iter().all(|t| t.dtype() == DType::BF16)
+            && sizes
+            && held()
+            && dim == x.dim(3)?
+            && maps == map.sources.len()
+            && map.sources.iter().all(|s| x.dim(2).is_ok_and(|heads| *s < heads)))
+    }
+
+    /// Sizes of one call.
+    struct Call {
+        sources: Vec<c_int>,
+        rows: i64,
+        heads: c_int,
+        dim: c_int,
+        maps: c_int,
+        cols: c_int,
+        activation: c_int,
+    }
+
+    fn call(map: &FeatureMap, x: &Tensor, cols: usize) -> Result<Call> {
+        let (batch, time, heads, dim) = x.dims4()?;
+        let activation = match map.activation {
+            Activation::SoftmaxDim => 0,
+            Activation::ExpDim => 1,
+            Activation::Relu => 2,
+        };
+        let sources: Vec<c_int> = map.sources.iter().map(|s| *s as c_int).collect();
+        let maps = sources.len() as c_int;
+        let (heads, dim, cols) = (heads as c_int, dim as c_int, cols as c_int);
+        Ok(Call { sources, rows: (batch * time) as i64, heads, dim, maps, cols, activation })
+    }
+
+    /// φ [B, T, maps, F] of contiguous `x` and `weight`.
+    pub fn features(map: &FeatureMap, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Output> {
+        let (cols, device) = (weight.dim(2)?, device_of(x)?);
+        let c = call(map, x, cols)?;
+        let out = Output::new(device, (x.dim(0)?, x.dim(1)?, map.sources.len(), cols * map.sides()), DType::BF16)?;
+        let (x, w, out_at) = (pointer(x)?, pointer(weight)?, out.pointer()?);
+        let b = bias.map(pointer).transpose()?.unwrap_or(null());
+        // SAFETY: contiguous tensors of this device in the layouts and sizes of the call.
+        launch(device, "feature_map_fwd", |stream| unsafe {
+            let s = c.sources.as_ptr();
+            margay_feature_map_fwd(x, w, b, out_at, s, c.rows, c.heads, c.dim, c.maps, c.cols, c.activation, stream)
+        })?;
+        Ok(out)
+    }
+
+    /// ∂loss/∂W [maps, D, C] in f32 from ∂loss/∂z [B, T, maps, C].
+    pub fn weight_gradient(map: &FeatureMap, x: &Tensor, dz: &Tensor) -> Result<Tensor> {
+        let device = device_of(x)?;
+        let c = call(map, x, dz.dim(3)?)?;
+        let out = Output::new(device, (map.sources.len(), x.dim(3)?, dz.dim(3)?), DType::F32)?;
+        // SAFETY: arithmetic on sizes.
+        let bytes = unsafe { margay_feature_map_scratch(c.rows, c.dim, c.maps, c.cols) };
+        let scratch = Output::scratch(device, bytes)?;
+        let (x, dz, out_at, scratch) = (pointer(x)?, pointer(dz)?, out.pointer()?, scratch.pointer()?);
+        // SAFETY: as above.
+        launch(device, "feature_map_dweight", |stream| unsafe {
+            let s = c.sources.as_ptr();
+            margay_feature_map_dweight(x, dz, out_at, scratch, s, c.rows, c.heads, c.dim, c.maps, c.cols, stream)
+        })?;
+        Ok(out.tensor())
+    }
+
+    pub fn forward(map: &FeatureMap, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+        let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+        let bias = bias.to_dtype(DType::BF16)?.contiguous()?;
+        let out = features(map, &x, &weight, Some(&bias))?;
+        let (map, x_grad, weight_grad) = (map.clone(), x.track_op(), weight.track_op() || bias.track_op());
+        let backward = move |[x, weight, bias]: &[&Tensor; 3], phi: &Tensor, dphi: &Tensor| {
+            let (device, c) = (device_of(x)?, call(&map, x, weight.dim(2)?)?);
+            let dx = if x_grad { Some(Output::new(device, x.shape(), DType::BF16)?) } else { None };
+            let fresh = |like: &Tensor| Output::new(device, like.shape(), DType::F32);
+            let dw = if weight_grad { Some((fresh(weight)?, fresh(bias)?)) } else { None };
+            // SAFETY: arithmetic on sizes.
+            let bytes = unsafe { margay_feature_map_scratch(c.rows, c.dim, c.maps, c.cols) };
+            let scratch = Output::scratch(device, if weight_grad { bytes } else { 0 })?;
+            let at = |o: Option<&Output>| o.map(Output::pointer).transpose().map(|p| p.unwrap_or(null_mut()));
+            let (dx_at, dw_at) = (at(dx.as_ref())?, at(dw.as_ref().map(|d| &d.0))?);
+            let (db_at, scratch) = (at(dw.as_ref().map(|d| &d.1))?, scratch.pointer()?);
+            let (x_at, w, b, phi, dphi) =
+                (pointer(x)?, pointer(weight)?, pointer(bias)?, pointer(phi)?, pointer(dphi)?);
+            // SAFETY: as above; null gradients are not computed.
+            launch(device, "feature_map_bwd", |stream| unsafe {
+                let s = c.sources.as_ptr();
+                margay_feature_map_bwd(
+                    x_at,
+                    w,
+                    b,
+                    phi,
+                    dphi,
+                    dx_at,
+                    dw_at,
+                    db_at,
+                    scratch,
+                    s,
+                    c.rows,
+                    c.heads,
+                    c.dim,
+                    c.maps,
+                    c.cols,
+                    c.activation,
+                    stream,
+                )
+            })?;
+            let (dw, db) = match dw {
+                Some((w, b)) => (Some(w.tensor().to_dtype(DType::BF16)?), Some(b.tensor().to_dtype(DType::BF16)?)),
+                None => (None, None),
+            };
+            Ok([dx.map(Output::tensor), dw, db])
+        };
+        out.node([&x, &weight, &bias], "feature_map", Box::new(backward))
     }
 }
 

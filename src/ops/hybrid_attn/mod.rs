@@ -18,6 +18,8 @@
 //! their cost is linear in T: `cpu.rs`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
@@ -76,11 +78,65 @@ pub const MIN_DENOMINATOR: f64 = 1e-12;
 impl HybridAttn {
     /// Linear-time form with gradients to all three tensors.
     pub fn forward(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = cuda::forward(self, qkv, features, factors)? {
+            return Ok(y);
+        }
         if !super::fast(qkv) {
             return Ok(self.parallel(qkv, features, factors)?.0);
         }
         let op = Op { shape: *self, qkv_grad: qkv.track_op() };
         qkv.contiguous()?.apply_op3(&features.contiguous()?, &factors.contiguous()?, op)
+    }
+
+    /// `weight * mean((y - target)²)`, a scalar f32 with gradients to `features` and `factors`. Where nothing asks for
+    /// those of `qkv` it is computed chunk by chunk with its gradients, and y is never stored.
+    pub fn mse(
+        &self,
+        qkv: &Tensor,
+        features: &Tensor,
+        factors: &Tensor,
+        target: &Tensor,
+        weight: f64,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if !qkv.track_op()
+            && let Some(loss) = cuda::mse(self, qkv, features, factors, target, weight)?
+        {
+            return Ok(loss);
+        }
+        super::loss::mse(&self.forward(qkv, features, factors)?, target, weight)
+    }
+
+    /// `forward` on the features of softmax maps without bias, `weight` [2 H, D, C], in one op; None where it does not
+    /// exist for these tensors.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn with_maps(&self, qkv: &Tensor, weight: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        return cuda::with_maps(self, qkv, weight, factors);
+        #[cfg(not(feature = "cuda"))]
+        Ok(None)
+    }
+
+    /// `mse` on the features of such maps, with gradients to `weight` and `factors` alone; None where it does not exist
+    /// for these tensors.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn mse_with_maps(
+        &self,
+        qkv: &Tensor,
+        weight: &Tensor,
+        factors: &Tensor,
+        target: &Tensor,
+        loss_weight: f64,
+    ) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        return if qkv.track_op() {
+            Ok(None)
+        } else {
+            cuda::mse_with_maps(self, qkv, weight, factors, target, loss_weight)
+        };
+        #[cfg(not(feature = "cuda"))]
+        Ok(None)
     }
 
     /// The definition with T x T weights, in plain tensor operations. Gives the result and the weights
@@ -101,7 +157,7 @@ impl HybridAttn {
         let outside = ((&window - 1.0)? * 1e30)?; // 0 inside, -1e30 outside
         let scores = scores.broadcast_mul(&window)?.broadcast_add(&outside)?;
         let top = scores.max_keepdim(D::Minus1)?.clamp(-1e29, f64::MAX)?; // finite where the window is empty
-        let factor = sigmoid(factors)?.reshape((1, h, 1, 1))?;
+        let factor = sigmoid(&factors.to_dtype(qkv.dtype())?)?.reshape((1, h, 1, 1))?;
         let soft = scores.broadcast_sub(&top)?.exp()?.broadcast_mul(&window)?.broadcast_mul(&factor)?;
         let mut lin = fq.matmul(&fk.t()?)?.broadcast_mul(&linear)?;
         if self.affine {
