@@ -2,9 +2,9 @@
 //
 //   S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale q_t^T S_t        g_t <= 0 per key channel, or one per head
 //
-// Shapes: q, k [tokens, H, K], v, o [tokens, H, V] in bf16; gates [tokens, H, K] or [tokens, H] in bf16 or f32 (natural
-// logs); states [sequences, H, K, V] in f32. Tokens are `sequences` stretches of equal length, or packed stretches whose
-// bounds are in `starts`. K and V are 64 or 128. With G the sums of the gates inside a chunk of 64 rows:
+// Shapes: q, k [tokens, H, K], v, o [tokens, H, V] in bf16; gates (natural logs) [tokens, H, K] in bf16 or f32, or
+// [tokens, H] in f32; states [sequences, H, K, V] in f32. Tokens are `sequences` stretches of equal length, or packed
+// stretches whose bounds are in `starts`. K and V are 64 or 128. With G the sums of the gates inside a chunk of 64 rows:
 //
 //   o_i = scale (q_i e^{G_i})^T S + sum_{j <= i} A_ij v_j,   A_ij = scale sum_d q_i[d] k_j[d] e^{G_i[d] - G_j[d]}
 //   S  <- e^{G_C} S + sum_j (k_j e^{G_C - G_j}) v_j^T
@@ -1520,13 +1520,13 @@ template <int K, int V, typename G> cudaError_t values_backward(const Call& c) {
 enum Gates { PER_HEAD, PER_CHANNEL, PER_VALUE };
 
 template <int K, int V, bool BACKWARD, typename G> cudaError_t dispatch(const Call& c, int gates) {
-    if constexpr (BACKWARD) {
-        if (gates == PER_VALUE) return values_backward<K, V, G>(c);
-        return gates == PER_CHANNEL ? backward<K, V, true, G>(c) : backward<K, V, false, G>(c);
-    } else {
-        if (gates == PER_VALUE) return values_forward<K, V, G>(c);
-        return gates == PER_CHANNEL ? forward<K, V, true, G>(c) : forward<K, V, false, G>(c);
+    if (gates == PER_HEAD) {
+        // There are few of them, so they come as f32.
+        if constexpr (sizeof(G) == 4) return BACKWARD ? backward<K, V, false, G>(c) : forward<K, V, false, G>(c);
+        return cudaErrorInvalidValue;
     }
+    if constexpr (BACKWARD) return gates == PER_VALUE ? values_backward<K, V, G>(c) : backward<K, V, true, G>(c);
+    return gates == PER_VALUE ? values_forward<K, V, G>(c) : forward<K, V, true, G>(c);
 }
 
 // `key_dim` is the side of the state that decays.

@@ -150,7 +150,9 @@ fn exact(
 ) -> Result<(Tensor, Tensor)> {
     let (b, t, ..) = q.dims4()?;
     let device = device_of(q)?;
-    let gates = if gates.dtype() == DType::BF16 { gates.clone() } else { gates.to_dtype(DType::F32)? };
+    // Gates per head are few: always f32.
+    let narrow = gates.dtype() == DType::BF16 && gates.rank() == 4;
+    let gates = if narrow { gates.clone() } else { gates.to_dtype(DType::F32)? };
     let starts = match bounds {
         Some(bounds) => {
             let bounds: Vec<u32> = bounds.iter().map(|b| *b as u32).collect();
