@@ -144,7 +144,7 @@ fn golden_attention() {
         ];
         g.hybrid(Window::Sliding(8), true, |what, y| close_slices(what, &row(y, 3, 30), &affine, tolerance));
 
-        let soft = |window| SoftmaxAttn { heads: Golden::HEADS, kv_heads: Golden::HEADS, window };
+        let soft = |window| SoftmaxAttn { heads: Golden::HEADS, kv_heads: Golden::HEADS, window, softcap: None };
         close("softmax", &soft(None).forward(&g.qkv()).unwrap(), &g.by_time("out.softmax"), tolerance);
         close("softmax", &soft(None).parallel(&g.qkv()).unwrap().0, &g.by_time("out.softmax"), tolerance);
         // softmax_attention(qr, kr, v, window=8)[0][0, 3, 30]
@@ -210,7 +210,8 @@ fn golden_losses() {
         let loss = mse(&g.by_time("out.lolcats_sliding"), &g.by_time("out.softmax"), 1000.0).unwrap();
         close_slices("mse", &flat(&loss), &[52.783_692_482_583_04], tolerance);
         // A, Ah = weights of softmax and of lolcats_sliding; attention_weight_ce(Ah, A)
-        let (_, teacher) = SoftmaxAttn { heads: 4, kv_heads: 4, window: None }.parallel(&g.qkv()).unwrap();
+        let (_, teacher) =
+            SoftmaxAttn { heads: 4, kv_heads: 4, window: None, softcap: None }.parallel(&g.qkv()).unwrap();
         let op = HybridAttn { heads: 4, kv_heads: 4, window: Window::Sliding(8), affine: false };
         let factors = Tensor::full(-2.197_224_577_336_219_6, 4, &CPU).unwrap().to_dtype(dtype).unwrap();
         let (_, student) = op.parallel(&g.qkv(), &g.features(Activation::SoftmaxDim, None), &factors).unwrap();

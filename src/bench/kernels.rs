@@ -31,7 +31,7 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
         (0..time_steps).map(seen).sum::<usize>() as f64 * batch as f64 * heads
     };
     for (name, window) in [("causal softmax", None), ("softmax, window 64", Some(64))] {
-        let op = SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window };
+        let op = SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window, softcap: None };
         let work = Work { flops: 4.0 * dim * pairs(window), bytes: qkv_bytes + y_bytes, tokens };
         rows.extend(both(b, name, work, 3.5, &qkv, &|x| Ok(op.forward(x)?))?);
     }

@@ -33,7 +33,7 @@ impl Design for Softmax {
     }
 
     fn build(&self, a: &Architecture, _: Vec<Param>) -> Box<dyn Mixer> {
-        Box::new(SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window: a.window })
+        Box::new(SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window: a.window, softcap: None })
     }
 
     fn state_bytes(&self, a: &Architecture, context: usize, element: usize) -> usize {
@@ -88,7 +88,7 @@ impl SoftmaxAttn {
         let total = kept + n;
         let heads = |x: &Tensor| repeat_kv(&x.transpose(1, 2)?.contiguous()?, h / g);
         let q = qkv.narrow(2, 0, h)?.transpose(1, 2)?.contiguous()?; // [B, H, n, D]
-        let scores = (q.matmul(&heads(&k)?.t()?)? * (dim as f64).powf(-0.5))?;
+        let scores = self.bend((q.matmul(&heads(&k)?.t()?)? * (dim as f64).powf(-0.5))?)?;
         let mask = causal_mask(n, total, self.window, qkv.device())?.to_dtype(qkv.dtype())?;
         let y = softmax(&scores.broadcast_add(&mask)?)?.matmul(&heads(&v)?)?;
         state.seen += n;

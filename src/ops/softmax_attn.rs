@@ -1,9 +1,15 @@
-//! Causal softmax attention with grouped key heads and an optional sliding window: the teacher and kept layers.
+//! Causal softmax attention with grouped key heads, an optional sliding window, soft-cap and sinks: the teacher and kept
+//! layers.
 //!
-//! `y_i = Σ_j softmax_j(q_i·k_j / sqrt(D)) v_j` over `i - window < j <= i`; `qkv` [B, T, H + 2 Hkv, D] rotated,
-//! result [B, T, H, D].
+//! ```text
+//! s_ij = q_i·k_j / sqrt(D), or cap tanh(q_i·k_j / sqrt(D) / cap)        i - window < j <= i
+//! y_i  = Σ_j exp(s_ij) v_j / (Σ_j exp(s_ij) + exp(sink))                the sink's term only where sinks are given
+//! ```
 //!
-//! It is [`super::hybrid_attn`] without a linear part: the window's share σ cancels, keys before the window are dropped.
+//! `qkv` [B, T, H + 2 Hkv, D] rotated, `sinks` `[H]`, result [B, T, H, D].
+//!
+//! On the CPU it is [`super::hybrid_attn`] without a linear part: the window's share σ cancels, keys before the window are
+//! dropped. On a GPU (bf16) blocks of keys stream past blocks of rows and nothing of size T x T is formed.
 
 use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
 
@@ -17,28 +23,59 @@ pub struct SoftmaxAttn {
     pub kv_heads: usize,
     /// Keys a row sees, self included; all earlier ones when absent.
     pub window: Option<usize>,
+    /// Scores are bent to stay between -cap and cap.
+    pub softcap: Option<f32>,
 }
 
 impl SoftmaxAttn {
     /// Attention over a whole sequence, in blocks of rows.
     pub fn forward(&self, qkv: &Tensor) -> Result<Tensor> {
-        if super::fast(qkv) {
+        self.forward_with_sinks(qkv, None)
+    }
+
+    /// The same with one logit per head that takes its share of every row and gives nothing.
+    pub fn forward_with_sinks(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if super::cuda::ready(qkv) && qkv.dtype() == candle_core::DType::BF16 && self.has_kernel(qkv.dim(3)?) {
+            let sinks = sinks.map(|s| s.to_dtype(candle_core::DType::F32)?.contiguous()).transpose()?;
+            return self.on_gpu(&qkv.contiguous()?, sinks.as_ref());
+        }
+        if super::fast(qkv) && sinks.is_none() && self.softcap.is_none() {
             return qkv.contiguous()?.apply_op1(*self);
         }
-        Ok(self.parallel(qkv)?.0)
+        Ok(self.parallel_with_sinks(qkv, sinks)?.0)
     }
 
     /// The definition with T x T weights in plain tensor operations: result and weights [B, H, T, T].
     pub fn parallel(&self, qkv: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (_, time, _, dim) = qkv.dims4()?;
+        self.parallel_with_sinks(qkv, None)
+    }
+
+    /// The same with sinks; the weights of a row then sum to what the sink leaves.
+    pub fn parallel_with_sinks(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        let (batch, time, _, dim) = qkv.dims4()?;
         let (h, g) = (self.heads, self.kv_heads);
         let heads = |from, count| qkv.narrow(2, from, count)?.transpose(1, 2)?.contiguous();
         let (q, k, v) = (heads(0, h)?, heads(h, g)?, heads(h + g, g)?);
         let (k, v) = (repeat_kv(&k, h / g)?, repeat_kv(&v, h / g)?);
         let mask = causal_mask(time, time, self.window, qkv.device())?.to_dtype(qkv.dtype())?;
-        let scores = (q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?.broadcast_add(&mask)?;
-        let weights = softmax(&scores)?;
+        let scores = self.bend((q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?)?.broadcast_add(&mask)?;
+        let weights = match sinks {
+            None => softmax(&scores)?,
+            Some(sinks) => {
+                let sinks = sinks.to_dtype(qkv.dtype())?.reshape((1, h, 1, 1))?.broadcast_as((batch, h, time, 1))?;
+                softmax(&Tensor::cat(&[scores, sinks.contiguous()?], 3)?)?.narrow(3, 0, time)?.contiguous()?
+            }
+        };
         Ok((weights.matmul(&v)?.transpose(1, 2)?.contiguous()?, weights))
+    }
+
+    /// The soft-cap.
+    pub(crate) fn bend(&self, scores: Tensor) -> Result<Tensor> {
+        match self.softcap {
+            None => Ok(scores),
+            Some(cap) => (scores / f64::from(cap))?.tanh()? * f64::from(cap),
+        }
     }
 
     fn core<'a>(&self, shape: &Shape, qkv: &'a [f32]) -> Result<Core<'a>> {
@@ -94,6 +131,135 @@ impl CustomOp1 for SoftmaxAttn {
     }
 }
 
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::super::cuda::{Output, device_of, launch, pointer};
+    use super::*;
+    use candle_core::DType;
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn margay_softmax_attn_fwd(
+            qkv: *const c_void,
+            sinks: *const c_void,
+            y: *mut c_void,
+            lse: *mut c_void,
+            batch: c_int,
+            time: c_int,
+            heads: c_int,
+            kv_heads: c_int,
+            dim: c_int,
+            window: c_int,
+            scale: f32,
+            softcap: f32,
+            stream: *mut c_void,
+        ) -> c_int;
+        fn margay_softmax_attn_bwd_scratch(batch: c_int, time: c_int, heads: c_int) -> usize;
+        fn margay_softmax_attn_bwd(
+            qkv: *const c_void,
+            sinks: *const c_void,
+            y: *const c_void,
+            dy: *const c_void,
+            lse: *const c_void,
+            dqkv: *mut c_void,
+            dsinks: *mut c_void,
+            scratch: *mut c_void,
+            batch: c_int,
+            time: c_int,
+            heads: c_int,
+            kv_heads: c_int,
+            dim: c_int,
+            window: c_int,
+            scale: f32,
+            softcap: f32,
+            stream: *mut c_void,
+        ) -> c_int;
+    }
+
+    impl SoftmaxAttn {
+        /// Whether the kernels take heads of this size.
+        pub(super) fn has_kernel(&self, dim: usize) -> bool {
+            dim <= 256 && dim.is_multiple_of(8) && self.heads.is_multiple_of(self.kv_heads)
+        }
+
+        /// The node keeps the log-sum-exp of every row for its backward: 4 bytes against a row's 2 D, while making it again
+        /// would cost the forward pass.
+        pub(super) fn on_gpu(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<Tensor> {
+            let op = *self;
+            let (lse, y) = op.launch_forward(qkv, sinks)?;
+            match sinks {
+                None => y.node(
+                    [qkv],
+                    "softmax_attn",
+                    Box::new(move |[qkv], y, dy| Ok([Some(op.launch_backward(qkv, None, y, dy, &lse)?.0)])),
+                ),
+                Some(sinks) => y.node(
+                    [qkv, sinks],
+                    "softmax_attn",
+                    Box::new(move |[qkv, sinks], y, dy| {
+                        let (dqkv, dsinks) = op.launch_backward(qkv, Some(sinks), y, dy, &lse)?;
+                        Ok([Some(dqkv), dsinks])
+                    }),
+                ),
+            }
+        }
+
+        /// B, T, H, Hkv, D, window; scale, soft-cap.
+        fn numbers(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<([c_int; 6], [f32; 2])> {
+            let (batch, time, heads, dim) = qkv.dims4()?;
+            if heads != self.heads + 2 * self.kv_heads {
+                candle_core::bail!("{heads} packed heads, not {} + 2 x {}", self.heads, self.kv_heads);
+            }
+            if let Some(sinks) = sinks.filter(|s| s.elem_count() != self.heads) {
+                candle_core::bail!("sinks {:?} for {} heads", sinks.shape(), self.heads);
+            }
+            let window = self.window.map_or(0, |w| w.min(time));
+            let ints = [batch, time, self.heads, self.kv_heads, dim, window].map(|n| n as c_int);
+            Ok((ints, [(dim as f32).powf(-0.5), self.softcap.unwrap_or(0.0)]))
+        }
+
+        fn launch_forward(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Output)> {
+            let ([b, t, h, g, d, window], [scale, cap]) = self.numbers(qkv, sinks)?;
+            let (batch, time, _, dim) = qkv.dims4()?;
+            let device = device_of(qkv)?;
+            let y = Output::new(device, (batch, time, self.heads, dim), DType::BF16)?;
+            let lse = Output::new(device, (batch, self.heads, time), DType::F32)?;
+            let (x, s) = (pointer(qkv)?, sinks.map(pointer).transpose()?.unwrap_or(std::ptr::null()));
+            let (y_at, lse_at) = (y.pointer()?, lse.pointer()?);
+            // SAFETY: contiguous [B, T, H + 2 Hkv, D] and [B, T, H, D] bf16, [B, H, T] and [H] f32, all on this device.
+            launch(device, "softmax_attn", |stream| unsafe {
+                margay_softmax_attn_fwd(x, s, y_at, lse_at, b, t, h, g, d, window, scale, cap, stream)
+            })?;
+            Ok((lse.tensor(), y))
+        }
+
+        fn launch_backward(
+            &self,
+            qkv: &Tensor,
+            sinks: Option<&Tensor>,
+            y: &Tensor,
+            dy: &Tensor,
+            lse: &Tensor,
+        ) -> Result<(Tensor, Option<Tensor>)> {
+            let ([b, t, h, g, d, window], [scale, cap]) = self.numbers(qkv, sinks)?;
+            let device = device_of(qkv)?;
+            let dqkv = Output::new(device, qkv.shape(), DType::BF16)?;
+            let dsinks = sinks.map(|s| Output::new(device, s.shape(), DType::F32)).transpose()?;
+            // SAFETY: arithmetic on three counts.
+            let scratch = Output::scratch(device, unsafe { margay_softmax_attn_bwd_scratch(b, t, h) })?;
+            let (x, s) = (pointer(qkv)?, sinks.map(pointer).transpose()?.unwrap_or(std::ptr::null()));
+            let (y, dy, lse) = (pointer(y)?, pointer(dy)?, pointer(lse)?);
+            let ds_at = dsinks.as_ref().map(Output::pointer).transpose()?.unwrap_or(std::ptr::null_mut());
+            let (dx, room) = (dqkv.pointer()?, scratch.pointer()?);
+            // SAFETY: shapes as in the forward launch, gradients shaped like what they belong to, and the scratch asked for.
+            launch(device, "softmax_attn backward", |stream| unsafe {
+                margay_softmax_attn_bwd(x, s, y, dy, lse, dx, ds_at, room, b, t, h, g, d, window, scale, cap, stream)
+            })?;
+            Ok((dqkv.tensor(), dsinks.map(Output::tensor)))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::check::{INPUTS, check, input};
@@ -104,11 +270,105 @@ mod tests {
         for kind in INPUTS {
             for time in [1, 63, 64, 65, 200] {
                 for window in [None, Some(1), Some(16), Some(1000)] {
-                    let op = SoftmaxAttn { heads: 4, kv_heads: 2, window };
+                    let op = SoftmaxAttn { heads: 4, kv_heads: 2, window, softcap: None };
                     let x = [input(kind, &[2, time, 8, 8], 1)];
                     check(&format!("{kind}, {time}, {window:?}"), &x, 2e-5, |x| op.forward(&x[0]));
                 }
             }
         }
+    }
+
+    /// Sinks and soft-cap against the formula written out in f64 over plain arrays.
+    #[test]
+    fn plain_form_has_sinks_and_a_cap() {
+        let (heads, time, dim, cap) = (2, 9, 4, 1.5f32);
+        let x = input("randn", &[1, time, 3 * heads, dim], 5);
+        let sinks = input("randn", &[heads], 6);
+        let op = SoftmaxAttn { heads, kv_heads: heads, window: Some(4), softcap: Some(cap) };
+        let y = op.forward_with_sinks(&x, Some(&sinks)).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let (x, sinks) = (x.flatten_all().unwrap().to_vec1::<f64>().unwrap(), sinks.to_vec1::<f64>().unwrap());
+        let at = |t: usize, head: usize, d: usize| x[(t * 3 * heads + head) * dim + d];
+        for i in 0..time {
+            for (h, sink) in sinks.iter().enumerate() {
+                let (mut sum, mut row) = (sink.exp(), vec![0.0; dim]);
+                for j in (i + 1).saturating_sub(4)..=i {
+                    let dot: f64 = (0..dim).map(|d| at(i, h, d) * at(j, heads + h, d)).sum();
+                    let weight = (f64::from(cap) * (dot / (dim as f64).sqrt() / f64::from(cap)).tanh()).exp();
+                    sum += weight;
+                    (0..dim).for_each(|d| row[d] += weight * at(j, 2 * heads + h, d));
+                }
+                for (d, row) in row.iter().enumerate() {
+                    assert!((y[(i * heads + h) * dim + d] - row / sum).abs() < 1e-12, "row {i}, head {h}");
+                }
+            }
+        }
+    }
+
+    /// The kernels against the plain form in f64: at most twice the error of the plain form in bf16, for the result and every
+    /// gradient, and the same bits twice. Does nothing without a GPU.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn kernels_equal_plain() {
+        use candle_core::{DType, Var};
+        let Ok(gpu) = super::super::gpu(0) else { return };
+        let cast = |x: &Tensor, dtype| x.to_dtype(dtype).unwrap();
+        let norm =
+            |x: &Tensor| cast(x, DType::F64).sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+        let case = |kind: &str,
+                    shape: [usize; 3],
+                    dim: usize,
+                    (window, softcap, sinks): (Option<usize>, Option<f32>, bool)| {
+            let [time, heads, kv_heads] = shape;
+            let op = SoftmaxAttn { heads, kv_heads, window, softcap };
+            let on_gpu = |x: Tensor| cast(&cast(&x, DType::F32).to_device(&gpu).unwrap(), DType::BF16);
+            let x = on_gpu(input(kind, &[2, time, heads + 2 * kv_heads, dim], 1));
+            let dy = on_gpu(input("randn", &[2, time, heads, dim], 2));
+            let sink = sinks.then(|| on_gpu(input("randn", &[heads], 3)));
+            let run = |dtype: DType, plain: bool| {
+                let x = Var::from_tensor(&cast(&x, dtype)).unwrap();
+                // Sinks are f32 parameters; the plain form in f64 takes them as such.
+                let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+                let sink = sink.as_ref().map(|s| Var::from_tensor(&cast(s, wide)).unwrap());
+                let with = sink.as_ref().map(|s| s.as_tensor());
+                let y = if plain {
+                    op.parallel_with_sinks(&x, with).unwrap().0
+                } else {
+                    op.forward_with_sinks(&x, with).unwrap()
+                };
+                let grads = (&y * &cast(&dy, dtype)).unwrap().sum_all().unwrap().backward().unwrap();
+                let dx = grads.get(&x).unwrap();
+                let part = |from, count| dx.narrow(2, from, count).unwrap();
+                let (dq, dk, dv) = (part(0, heads), part(heads, kv_heads), part(heads + kv_heads, kv_heads));
+                let mut all = vec![("y", y), ("dq", dq), ("dk", dk), ("dv", dv)];
+                all.extend(sink.map(|s| ("dsink", grads.get(&s).unwrap().clone())));
+                all
+            };
+            let (wanted, plain) = (run(DType::F64, true), run(DType::BF16, true));
+            let (mine, again) = (run(DType::BF16, false), run(DType::BF16, false));
+            for (((name, wanted), plain), (mine, again)) in wanted.iter().zip(plain).zip(mine.into_iter().zip(again)) {
+                let off = |x: &Tensor| norm(&(cast(x, DType::F64) - wanted).unwrap());
+                // Where the gradient cancels to nothing, rounding is relative to the terms that cancelled.
+                let room = (2.0 * off(&plain.1)).max(1e-3 * norm(&dy)).max(1e-6 * norm(wanted));
+                let what = format!("{name}: {kind}, {shape:?} x {dim}, {window:?}, {softcap:?}, {sinks}");
+                assert!(off(&mine.1) <= room, "{what}: {:e} > {room:e}", off(&mine.1));
+                assert_eq!(norm(&(mine.1 - again.1).unwrap()), 0.0, "{what}: differs the second time");
+            }
+        };
+        for kind in INPUTS {
+            for time in [1, 63, 64, 65, 1000] {
+                for window in [None, Some(1), Some(16), Some(64), Some(1000)] {
+                    case(kind, [time, 4, 2], 128, (window, None, false));
+                }
+            }
+        }
+        for dim in [8, 64, 80, 96, 128, 256] {
+            for window in [None, Some(64)] {
+                case("randn", [200, 4, 2], dim, (window, Some(20.0), true));
+                case("randn", [333, 3, 3], dim, (window, None, false));
+                case("randn", [130, 32, 8], dim, (window, None, true));
+            }
+        }
+        case("randn", [4096, 2, 1], 128, (None, None, false));
+        case("randn", [4096, 2, 2], 64, (Some(64), None, false));
     }
 }
