@@ -187,27 +187,28 @@ template <typename G> struct StateArgs {
     float scale;
 };
 
+// Four warps, each 16 rows of the tile. Eight warps with half the columns each were slower at every shape: the steps of a
+// walk are bound by their chain of barriers, not by the products.
 template <typename G> constexpr int states_shared(bool vector) {
-    return 3 * (2 * 64 * 64 * 2 + (vector ? 64 * 64 * int(sizeof(G)) : 0)) + 64 * 64 * 2 + (vector ? 9 * 64 * 4 : 0);
+    return 3 * (2 * 64 * 64 * 2 + (vector ? 64 * 64 * int(sizeof(G)) : 0)) + 64 * 64 * 2 + 4 * 64 * 4 + 64 * 4 + 2 * 64 * 4;
 }
 
-// 8 warps: 4 blocks of 16 rows of the state x 2 halves of its columns.
-template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds__(256) states_kernel(const StateArgs<G> a) {
-    constexpr int STAGES = 3, THREADS = 256;
+template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds__(128) states_kernel(const StateArgs<G> a) {
+    constexpr int STAGES = 3;
     extern __shared__ __align__(128) unsigned char shared[];
     bf16* xs = reinterpret_cast<bf16*>(shared);
     bf16* ys = xs + STAGES * 4096;
     bf16* out = ys + STAGES * 4096;
-    G* gs = reinterpret_cast<G*>(out + 4096);                       // [STAGES][64][64]
-    float* sums = reinterpret_cast<float*>(gs + STAGES * 4096);     // [8][64]
-    float* decay = sums + 512;                                      // [64]
+    float* sums = reinterpret_cast<float*>(out + 4096);  // [4][64]
+    float* decay = sums + 256;                            // [64]
+    float* row_gates = decay + 64;                        // [2][64]
+    G* gs = reinterpret_cast<G*>(row_gates + 128);        // [STAGES][64][64]
 
     const int k0 = blockIdx.x % (K / 64) * 64, v0 = blockIdx.x / (K / 64) * 64, head = blockIdx.y;
     const int which = blockIdx.z % a.passes, sequence = blockIdx.z / a.passes;
     const bool reverse = which == 1;
     const Pass pass = a.pass[which];
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-    const int r = warp % 4, c = warp / 4;
 
     int64_t first, chunk0, length;
     if (a.sequences.starts == nullptr) {
@@ -226,56 +227,31 @@ template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds
         const int n = order(i), stage = i % STAGES;
         const int64_t token = first + static_cast<int64_t>(n) * CHUNK;
         const int rows = min(static_cast<int64_t>(CHUNK), length - static_cast<int64_t>(n) * CHUNK);
-        load_tile<64, 64, THREADS>(xs + stage * 4096, pass.x + (token * a.heads + head) * K + k0, a.heads * K, rows);
-        load_tile<64, 64, THREADS>(ys + stage * 4096, pass.y + (token * a.heads + head) * V + v0, a.heads * V, rows);
+        load_tile<64, 64, 128>(xs + stage * 4096, pass.x + (token * a.heads + head) * K + k0, a.heads * K, rows);
+        load_tile<64, 64, 128>(ys + stage * 4096, pass.y + (token * a.heads + head) * V + v0, a.heads * V, rows);
         if constexpr (VECTOR) {
             constexpr int PIECE = 16 / sizeof(G), PIECES = 64 / PIECE;
             const G* from = a.gates + token * a.gate_stride + head * K + k0;
 #pragma unroll
-            for (int j = 0; j < 64 * PIECES; j += THREADS) {
+            for (int j = 0; j < 64 * PIECES; j += 128) {
                 const int row = (j + tid) / PIECES, piece = (j + tid) % PIECES;
                 copy16(gs + stage * 4096 + row * 64 + piece * PIECE, from + (row < rows ? row : 0) * a.gate_stride + piece * PIECE, row < rows);
             }
         }
     };
-    // One gate per head: every warp reads a chunk's 64 itself, a step ahead, and works out the factors of the A fragments'
-    // columns while the products before are under way.
-    float factor[4][4], down[2];
-    const auto row_gates = [&](int i) {
-        const int64_t place = static_cast<int64_t>(order(i)) * CHUNK + 2 * lane;
-        const G* from = a.gates + (first + place) * a.gate_stride + head;
-        return make_float2(i < chunks && place < length ? gate2(from[0]) : 0.0f,
-                           i < chunks && place + 1 < length ? gate2(from[a.gate_stride]) : 0.0f);
-    };
-    const auto work_out = [&](float2 own) {
-        float sum = own.x + own.y;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const float other = __shfl_up_sync(0xffffffffu, sum, step);
-            if (lane >= step) sum += other;
-        }
-        const float all = __shfl_sync(0xffffffffu, sum, 31);
-        const float hi = reverse ? a.scale * exp2_fast(sum) : exp2_fast(fminf(all - sum, 0.0f));
-        const float lo = reverse ? a.scale * exp2_fast(sum - own.y) : exp2_fast(fminf(all - sum + own.y, 0.0f));
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                factor[j][2 * half] = __shfl_sync(0xffffffffu, lo, j * 8 + half * 4 + t);
-                factor[j][2 * half + 1] = __shfl_sync(0xffffffffu, hi, j * 8 + half * 4 + t);
-            }
-        }
-        down[0] = down[1] = exp2_fast(all);
+    const auto row_gate = [&](int i) {  // gates per head are few: straight through a register, one chunk ahead
+        const int64_t place = static_cast<int64_t>(order(i)) * CHUNK + tid;
+        return tid < CHUNK && i < chunks && place < length ? a.gates[(first + place) * a.gate_stride + head] : G(0.0f);
     };
 
-    float s[4][4];
+    float s[8][4];
     const int64_t side = (static_cast<int64_t>(sequence) * a.heads + head) * K * V;
-    const int64_t corner = side + (k0 + r * 16 + g) * V + v0 + c * 32 + 2 * t;
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
+    for (int n = 0; n < 8; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float2 x = pass.start != nullptr ? load2(pass.start + corner + 8 * half * V + n * 8) : make_float2(0.0f, 0.0f);
+            float2 x = make_float2(0.0f, 0.0f);
+            if (pass.start != nullptr) x = load2(pass.start + side + (k0 + warp * 16 + g + 8 * half) * V + v0 + n * 8 + 2 * t);
             s[n][2 * half] = x.x, s[n][2 * half + 1] = x.y;
         }
     }
@@ -284,48 +260,47 @@ template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds
         if (i < chunks) load(i);
         copy_commit();
     }
-    float2 ahead = make_float2(0.0f, 0.0f);
-    if constexpr (!VECTOR) {
-        work_out(row_gates(0));
-        ahead = row_gates(1);
-    }
+    G next = VECTOR ? G(0.0f) : row_gate(0);
 
     for (int i = 0; i < chunks; i++) {
         bf16* x = xs + i % STAGES * 4096;
         bf16* y = ys + i % STAGES * 4096;
-        // The state as it enters the chunk: every warp turns its own part through shared memory into whole sectors.
+        // The state as it enters the chunk: every warp turns its own 16 rows through shared memory into whole lines.
         __syncwarp();
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            store2(at<64>(out, r * 16 + g, c * 32 + n * 8 + 2 * t), make_float2(s[n][0], s[n][1]));
-            store2(at<64>(out, r * 16 + g + 8, c * 32 + n * 8 + 2 * t), make_float2(s[n][2], s[n][3]));
+        for (int n = 0; n < 8; n++) {
+            store2(at<64>(out, warp * 16 + g, n * 8 + 2 * t), make_float2(s[n][0], s[n][1]));
+            store2(at<64>(out, warp * 16 + g + 8, n * 8 + 2 * t), make_float2(s[n][2], s[n][3]));
         }
         __syncwarp();
         bf16* to = pass.states + (((chunk0 + order(i)) * a.heads + head) * K + k0) * V + v0;
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int row = r * 16 + j * 8 + lane / 4, col = c * 32 + lane % 4 * 8;
-            *reinterpret_cast<uint4*>(to + row * V + col) = *reinterpret_cast<uint4*>(at<64>(out, row, col));
+        for (int j = 0; j < 4; j++) {
+            const int row = warp * 16 + j * 4 + lane / 8, piece = lane % 8;
+            *reinterpret_cast<uint4*>(to + row * V + piece * 8) = *reinterpret_cast<uint4*>(at<64>(out, row, piece * 8));
         }
+        if (!VECTOR && tid < CHUNK) row_gates[i % 2 * 64 + tid] = gate2(next);
         copy_wait<STAGES - 2>();
         __syncthreads();
         if (i + STAGES - 1 < chunks) load(i + STAGES - 1);
         copy_commit();
 
+        float factor[4][4];  // of one gate per head: what the A fragments' columns are scaled by
+        float down[2];
         if constexpr (VECTOR) {
             const G* gate = gs + i % STAGES * 4096;
-            float2 sum[8];
+            float2 sum[16];
 #pragma unroll
-            for (int n = 0; n < 8; n++) {
-                const float2 one = load2(gate + (warp * 8 + n) * 64 + 2 * lane);
-                sum[n] = make_float2(gate2(one.x), gate2(one.y));
-                if (n > 0) sum[n].x += sum[n - 1].x, sum[n].y += sum[n - 1].y;
+            for (int r = 0; r < 16; r++) {
+                const float2 one = load2(gate + (warp * 16 + r) * 64 + 2 * lane);
+                sum[r] = make_float2(gate2(one.x), gate2(one.y));
+                if (r > 0) sum[r].x += sum[r - 1].x, sum[r].y += sum[r - 1].y;
             }
-            store2(sums + warp * 64 + 2 * lane, sum[7]);
+            store2(sums + warp * 64 + 2 * lane, sum[15]);
             __syncthreads();
             float2 before = make_float2(0.0f, 0.0f), all = before;
 #pragma unroll
-            for (int w = 0; w < 8; w++) {
+            for (int w = 0; w < 4; w++) {
                 const float2 one = load2(sums + w * 64 + 2 * lane);
                 if (w < warp) before.x += one.x, before.y += one.y;
                 all.x += one.x, all.y += one.y;
@@ -333,47 +308,65 @@ template <int K, int V, bool VECTOR, typename G> __global__ void __launch_bounds
             if (warp == 0) store2(decay + 2 * lane, make_float2(exp2_fast(all.x), exp2_fast(all.y)));
             const float2 rest = make_float2(all.x - before.x, all.y - before.y);
 #pragma unroll
-            for (int n = 0; n < 8; n++) {
-                bf16* p = at<64>(x, warp * 8 + n, 2 * lane);
+            for (int r = 0; r < 16; r++) {
+                bf16* p = at<64>(x, warp * 16 + r, 2 * lane);
                 const float2 v = load2(p);
                 if (reverse) {
-                    store2(p, make_float2(v.x * a.scale * exp2_fast(before.x + sum[n].x), v.y * a.scale * exp2_fast(before.y + sum[n].y)));
+                    store2(p, make_float2(v.x * a.scale * exp2_fast(before.x + sum[r].x), v.y * a.scale * exp2_fast(before.y + sum[r].y)));
                 } else {
-                    store2(p, make_float2(v.x * exp2_fast(fminf(rest.x - sum[n].x, 0.0f)), v.y * exp2_fast(fminf(rest.y - sum[n].y, 0.0f))));
+                    store2(p, make_float2(v.x * exp2_fast(fminf(rest.x - sum[r].x, 0.0f)), v.y * exp2_fast(fminf(rest.y - sum[r].y, 0.0f))));
                 }
             }
             __syncthreads();
-            down[0] = decay[r * 16 + g], down[1] = decay[r * 16 + g + 8];
+            down[0] = decay[warp * 16 + g], down[1] = decay[warp * 16 + g + 8];
+        } else {
+            next = row_gate(i + 1);
+            const float2 own = load2(row_gates + i % 2 * 64 + 2 * lane);
+            float sum = own.x + own.y;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const float other = __shfl_up_sync(0xffffffffu, sum, step);
+                if (lane >= step) sum += other;
+            }
+            const float all = __shfl_sync(0xffffffffu, sum, 31);
+            const float hi = reverse ? a.scale * exp2_fast(sum) : exp2_fast(fminf(all - sum, 0.0f));
+            const float lo = reverse ? a.scale * exp2_fast(sum - own.y) : exp2_fast(fminf(all - sum + own.y, 0.0f));
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    factor[j][2 * half] = __shfl_sync(0xffffffffu, lo, j * 8 + half * 4 + t);
+                    factor[j][2 * half + 1] = __shfl_sync(0xffffffffu, hi, j * 8 + half * 4 + t);
+                }
+            }
+            down[0] = down[1] = exp2_fast(all);
         }
 #pragma unroll
-        for (int n = 0; n < 4; n++) s[n][0] *= down[0], s[n][1] *= down[0], s[n][2] *= down[1], s[n][3] *= down[1];
+        for (int n = 0; n < 8; n++) s[n][0] *= down[0], s[n][1] *= down[0], s[n][2] *= down[1], s[n][3] *= down[1];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t fa[4];
-            frag_a_t<64>(fa, x, j * 16, r * 16);
+            frag_a_t<64>(fa, x, j * 16, warp * 16);
             if constexpr (!VECTOR) {
                 fa[0] = scale_pair(fa[0], factor[j][0], factor[j][1]), fa[1] = scale_pair(fa[1], factor[j][0], factor[j][1]);
                 fa[2] = scale_pair(fa[2], factor[j][2], factor[j][3]), fa[3] = scale_pair(fa[3], factor[j][2], factor[j][3]);
             }
 #pragma unroll
-            for (int n = 0; n < 4; n += 2) {
+            for (int n = 0; n < 8; n += 2) {
                 uint32_t fb[4];
-                frag_b<64>(fb, y, j * 16, c * 32 + n * 8);
+                frag_b<64>(fb, y, j * 16, n * 8);
                 mma(s[n], fa, fb[0], fb[1]);
                 mma(s[n + 1], fa, fb[2], fb[3]);
             }
         }
-        if constexpr (!VECTOR) {
-            work_out(ahead);
-            ahead = row_gates(i + 2);
-        }
     }
     if (pass.end != nullptr) {
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
+        for (int n = 0; n < 8; n++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                store2(pass.end + corner + 8 * half * V + n * 8, make_float2(s[n][2 * half], s[n][2 * half + 1]));
+                store2(pass.end + side + (k0 + warp * 16 + g + 8 * half) * V + v0 + n * 8 + 2 * t,
+                       make_float2(s[n][2 * half], s[n][2 * half + 1]));
             }
         }
     }
@@ -1405,7 +1398,7 @@ cudaError_t run_states(const StateArgs<G>& args, cudaStream_t stream) {
     constexpr int bytes = states_shared<G>(VECTOR);
     TRY(allow(states_kernel<K, V, VECTOR, G>, bytes));
     const dim3 grid(K / 64 * (V / 64), args.heads, args.sequences.count * args.passes);
-    states_kernel<K, V, VECTOR, G><<<grid, 256, bytes, stream>>>(args);
+    states_kernel<K, V, VECTOR, G><<<grid, 128, bytes, stream>>>(args);
     return cudaGetLastError();
 }
 
