@@ -6,6 +6,7 @@ use super::{Bench, Row, Work, random, time};
 use crate::error::{Error, Kind, Result};
 use crate::mixers::Heads;
 use crate::mixers::lolcats;
+use crate::ops::delta_rule::{Decay, DeltaRule};
 use crate::ops::loss::with_gradient;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::rope;
@@ -34,6 +35,26 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
         let op = SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window, softcap: None };
         let work = Work { flops: 4.0 * dim * pairs(window), bytes: qkv_bytes + y_bytes, tokens };
         rows.extend(both(b, name, work, 3.5, &qkv, &|x| Ok(op.forward(x)?))?);
+    }
+
+    // Elsewhere the plain form would run, whose decays per channel take gigabytes.
+    if matches!(a.head_dim, 64 | 128) && (b.device.is_cpu() || b.dtype == DType::BF16) {
+        let op = DeltaRule { heads: a.heads, kv_heads: a.kv_heads, scale: dim.powf(-0.5), normalize: true };
+        let gate = |shape: &[usize]| -> Result<Tensor> {
+            Ok((random(shape, 1.0, DType::F32, &b.device)?.neg()?.exp()? + 1.0)?.recip()?)
+        };
+        let beta = gate(&[batch, time_steps, a.heads])?;
+        let head = gate(&[batch, time_steps, a.heads])?.log()?;
+        let key = gate(&[batch, time_steps, a.heads, a.head_dim])?.log()?.to_dtype(b.dtype)?;
+        // Per token and head: the state is read, corrected and read again.
+        let flops = 6.0 * tokens * heads * dim * dim;
+        for (name, decay) in
+            [("delta rule", Decay::None), ("gated delta rule", Decay::Head(&head)), ("KDA", Decay::Key(&key))]
+        {
+            let gates = if matches!(decay, Decay::Key(_)) { y_bytes } else { 0.0 };
+            let work = Work { flops, bytes: qkv_bytes + y_bytes + gates, tokens };
+            rows.extend(both(b, name, work, 2.0, &qkv, &|x| Ok(op.forward(x, &beta, decay, None)?))?);
+        }
     }
 
     let tables = tables(b)?;
