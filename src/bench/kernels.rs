@@ -65,7 +65,7 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
     let flops = crate::mixers::Design::flops_per_token(&design, a, time_steps) * tokens;
     let loss = || -> Result<()> {
         let heads = Heads::new(qkv.clone(), a.heads, a.kv_heads, &tables.0, &tables.1);
-        let loss = mixer.mse(&heads, &target, 1000.0)?;
+        let loss = mixer.output_mse(&heads, &target, 1000.0)?;
         let store = loss.backward()?;
         let missing = |p: &&Param| store.get(&p.var).is_none();
         match mixer.params().iter().find(missing) {

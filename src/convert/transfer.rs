@@ -69,7 +69,7 @@ impl<'a> Transfer<'a> {
         let mixer = &self.student.mixers[layer];
         let s = self.settings;
         if s.attention_ce_weight == 0.0 {
-            return mixer.mse(heads, target, s.mse_weight);
+            return mixer.output_mse(heads, target, s.mse_weight);
         }
         let (y, student) = mixer.parallel(heads)?;
         let (_, teacher) = self.teacher.mixers[layer].parallel(heads)?;

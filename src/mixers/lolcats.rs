@@ -358,7 +358,7 @@ impl Mixer for Lolcats {
         self.attn.forward(qkv, &self.features(qkv, &self.sources)?, &factors)
     }
 
-    fn mse(&self, x: &Heads, target: &Tensor, weight: f64) -> Result<Tensor> {
+    fn output_mse(&self, x: &Heads, target: &Tensor, weight: f64) -> Result<Tensor> {
         let qkv = x.rotated()?;
         let factors = self.factors(qkv)?;
         if let Some(maps) = self.fusible_weights()?

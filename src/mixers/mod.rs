@@ -58,8 +58,8 @@ pub struct Spec {
 pub trait Mixer: Send + Sync {
     /// Whole sequence, linear in time and memory where the mixer is: training. [B, T, H, D]
     fn forward(&self, x: &Heads) -> Result<Tensor>;
-    /// `weight * mean((forward - target)²)`, a scalar f32; what attention transfer minimises.
-    fn mse(&self, x: &Heads, target: &Tensor, weight: f64) -> Result<Tensor> {
+    /// `weight * mean((y - target)²)` of [`Mixer::forward`]'s y, differentiable in [`Mixer::params`]: attention transfer.
+    fn output_mse(&self, x: &Heads, target: &Tensor, weight: f64) -> Result<Tensor> {
         mse(&self.forward(x)?, target, weight)
     }
     /// Whole sequence by the definition, T x T: the oracle. [B, T, H, D] and the normalised weights.

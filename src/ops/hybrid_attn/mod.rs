@@ -113,9 +113,10 @@ impl HybridAttn {
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn with_maps(&self, qkv: &Tensor, weight: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
-        return cuda::with_maps(self, qkv, weight, factors);
+        let y = cuda::with_maps(self, qkv, weight, factors);
         #[cfg(not(feature = "cuda"))]
-        Ok(None)
+        let y = Ok(None);
+        y
     }
 
     /// `mse` on the features of such maps, with gradients to `weight` and `factors` alone; None where it does not exist
@@ -130,13 +131,13 @@ impl HybridAttn {
         loss_weight: f64,
     ) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
-        return if qkv.track_op() {
-            Ok(None)
-        } else {
-            cuda::mse_with_maps(self, qkv, weight, factors, target, loss_weight)
+        let loss = match qkv.track_op() {
+            true => Ok(None),
+            false => cuda::mse_with_maps(self, qkv, weight, factors, target, loss_weight),
         };
         #[cfg(not(feature = "cuda"))]
-        Ok(None)
+        let loss = Ok(None);
+        loss
     }
 
     /// The definition with T x T weights, in plain tensor operations. Gives the result and the weights
