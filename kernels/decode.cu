@@ -1,0 +1,674 @@
+// One-token steps: everything between a token id and the choice of the next one, for up to 16 sequences at once.
+//
+// A step moves every weight through the chip once and little else, so its floor is the weights' bytes. What keeps it from
+// the floor is the start and the end of its many short kernels. Hence few kernels per layer, five:
+//   product   qkv = r ∘ (x̂ Wᵀ)            x̂ = stream ∘ norm weight in bf16, r the row's 1 / rms
+//   attention y from the layer's state     (`lolcats` one block per head; `cached` + `cached_join` for softmax)
+//   product   stream += y Wᵀ               and, for the norm that follows, x̂ and partial sums of squares
+//   product   act = silu(gate) ∘ up        gate and up rows of one block side by side
+//   product   stream += act Wᵀ
+// and around them `embed` and the product with the head, which leaves partial maxima for `choose`. The norm's scale r is
+// one number per row, so it is applied behind the product; nothing is normalised in a pass of its own.
+//
+// Kernels overlap on Hopper: each starts while the one before it drains, reads weights and states (which that one does
+// not write), then waits for it (`griddepcontrol.wait`). A kernel lets its successor start only after its own wait, so
+// what ran before its predecessor is always complete.
+//
+// The position is a counter in device memory, so that a captured graph of one step can be replayed for every token. All
+// sums have a fixed order; a sequence's results do not depend on what else is in the batch of its kernel variant.
+
+#include "common.cuh"
+
+namespace margay {
+namespace {
+
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+template <typename... P, typename... A>
+int start(void (*kernel)(P...), dim3 grid, int threads, size_t shared, bool overlap, cudaStream_t stream, A... args) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = overlap ? 1 : 0;
+    if (shared > 48 * 1024) {
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        if (error != cudaSuccess) return error;
+    }
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+    return error != cudaSuccess ? error : cudaGetLastError();
+}
+
+}  // namespace
+
+// y = x Wᵀ for few rows x. Mirrored in src/ops/decode.rs.
+struct Product {
+    const bf16* w;          // [rows, inner]
+    const bf16* x;          // [batch, inner]
+    const bf16* bias;       // [rows] or null
+    const float* squares;   // [batch, parts] partial sums of squares of the rows that x was scaled from, or null
+    float* out;             // plain, logits: [batch, rows]
+    float* stream;          // add: [batch, rows], y is added to it
+    const bf16* next;       // add: weight of the norm that follows, [rows]
+    bf16* scaled;           // add: the new stream times `next`, [batch, rows]; swiglu: [batch, rows / 2]
+    float* squares_out;     // add: [batch, blocks]
+    float* best;            // logits: the largest of every block, [batch, blocks]
+    uint32_t* best_at;      // logits: its column
+    int rows, inner, batch, parts;
+    float eps;
+};
+
+enum Mode { PLAIN = 0, ADD = 1, SWIGLU = 2, LOGITS = 3 };
+
+namespace {
+
+__device__ __forceinline__ uint4 load_weight(const bf16* at) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at));
+    return v;
+}
+
+// A block makes 16 RT rows of W times 8 MT sequences; its warps share out the inner axis, 32 U columns at a time.
+//
+// W is the A operand of mma.sync, straight from global memory: the inner axis of a sum may be permuted, so lane (g, t)
+// reads 16 bytes, columns 8 t .. 8 t + 7 of row g, and calls them the columns 2t, 2t+1, 2t+8, 2t+9 of two products. x is
+// read the same way as B. Two register buffers hold W: one being multiplied, one under way.
+template <int MODE, int MT, int RT, int U, int WARPS>
+__global__ void __launch_bounds__(WARPS* WARP, 16 / WARPS) product(const Product p) {
+    __shared__ float sums[WARPS][16 * RT * 8 * MT];
+    __shared__ float scales[8 * MT];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int half = p.rows / 2;
+    const int first = blockIdx.x * (MODE == SWIGLU ? 16 : 16 * RT);
+    const int limit = MODE == SWIGLU ? half : p.rows;  // rows a tile may reach
+
+    const bf16* row[RT][2];
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int in_tile = (MODE == SWIGLU ? 0 : 16 * r) + g + 8 * h;
+            const int at = min(first + in_tile, limit - 1) + (MODE == SWIGLU ? r * half : 0);
+            row[r][h] = p.w + (size_t)at * p.inner + 8 * t;
+        }
+    }
+    constexpr int SPAN = 32 * U;
+    const int stages = (p.inner + SPAN * WARPS - 1) / (SPAN * WARPS);
+    const uint4 none = make_uint4(0, 0, 0, 0);
+
+    uint4 w[2][U][RT][2];
+    auto fetch = [&](uint4 (&to)[U][RT][2], int stage) {
+        const int from = (stage * WARPS + warp) * SPAN;
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            const int k = from + 32 * u;
+#pragma unroll
+            for (int r = 0; r < RT; r++) {
+#pragma unroll
+                for (int h = 0; h < 2; h++) to[u][r][h] = k + 8 * t < p.inner ? load_weight(row[r][h] + k) : none;
+            }
+        }
+    };
+    fetch(w[0], 0);
+    if (stages > 1) fetch(w[1], 1);
+    wait_for_previous();
+
+    // Scales of the rows of x: every warp takes some.
+    if (p.squares != nullptr) {
+        for (int b = warp; b < p.batch; b += WARPS) {
+            float sum = 0.0f;
+            for (int i = lane; i < p.parts; i += WARP) sum += __ldcg(p.squares + (size_t)b * p.parts + i);
+            sum = warp_sum(sum);
+            if (lane == 0) scales[b] = rsqrtf(sum / p.inner + p.eps);
+        }
+    } else if (threadIdx.x < 8 * MT) {
+        scales[threadIdx.x] = 1.0f;
+    }
+
+    float c[RT][MT][4] = {};
+    auto multiply = [&](uint4 (&a)[U][RT][2], int stage) {
+        const int from = (stage * WARPS + warp) * SPAN;
+        uint4 x[U][MT];
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            const int k = from + 32 * u + 8 * t;
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                const int b = 8 * m + g;
+                x[u][m] = b < p.batch && k < p.inner
+                              ? *reinterpret_cast<const uint4*>(p.x + (size_t)b * p.inner + k)
+                              : none;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+            for (int r = 0; r < RT; r++) {
+                const uint4 lo = a[u][r][0], hi = a[u][r][1];
+                const uint32_t first_half[4] = {lo.x, hi.x, lo.y, hi.y}, second_half[4] = {lo.z, hi.z, lo.w, hi.w};
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    mma(c[r][m], first_half, x[u][m].x, x[u][m].y);
+                    mma(c[r][m], second_half, x[u][m].z, x[u][m].w);
+                }
+            }
+        }
+    };
+    for (int stage = 0; stage < stages; stage += 2) {
+        multiply(w[0], stage);
+        if (stage + 2 < stages) fetch(w[0], stage + 2);
+        if (stage + 1 < stages) {
+            multiply(w[1], stage + 1);
+            if (stage + 3 < stages) fetch(w[1], stage + 3);
+        }
+    }
+
+    // [sequence][row] of each warp, then the warps' sum in order.
+    constexpr int TALL = 16 * RT;
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            float* at = sums[warp] + (8 * m + 2 * t) * TALL + 16 * r + g;
+            at[0] = c[r][m][0], at[TALL] = c[r][m][1], at[8] = c[r][m][2], at[TALL + 8] = c[r][m][3];
+        }
+    }
+    __syncthreads();
+    auto total = [&](int b, int at) {
+        float y = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) y += sums[i][b * TALL + at];
+        return y * scales[b];
+    };
+    auto bias = [&](int n) { return p.bias == nullptr ? 0.0f : to_float(p.bias[n]); };
+
+    if constexpr (MODE == SWIGLU) {
+        for (int i = threadIdx.x; i < 16 * p.batch; i += WARPS * WARP) {
+            const int b = i / 16, n = first + i % 16;
+            if (n >= half) continue;
+            const float gate = total(b, i % 16) + bias(n), up = total(b, 16 + i % 16) + bias(half + n);
+            p.scaled[(size_t)b * half + n] = __float2bfloat16_rn(gate * sigmoid(gate) * up);
+        }
+    } else {
+        // TALL lanes share a sequence, so whole groups of lanes reach the shuffles.
+        for (int i = threadIdx.x; i < TALL * 8 * MT; i += WARPS * WARP) {
+            const int b = i / TALL, n = first + i % TALL;
+            const bool live = b < p.batch && n < p.rows;
+            float y = live ? total(b, i % TALL) + bias(n) : 0.0f;
+            const size_t at = (size_t)b * p.rows + n;
+            if constexpr (MODE == PLAIN) {
+                if (live) p.out[at] = y;
+            } else if constexpr (MODE == ADD) {
+                if (live) {
+                    y += __ldcg(p.stream + at);
+                    p.stream[at] = y;
+                    p.scaled[at] = __float2bfloat16_rn(y * to_float(p.next[n]));
+                }
+                const float square = warp_sum<TALL>(y * y);
+                if (b < p.batch && i % TALL == 0) p.squares_out[(size_t)b * gridDim.x + blockIdx.x] = square;
+            } else {
+                if (live) p.out[at] = y;
+                float best = live ? y : -INFINITY;
+                int where = n;
+#pragma unroll
+                for (int step = TALL / 2; step > 0; step /= 2) {
+                    const float other = __shfl_xor_sync(0xffffffffu, best, step);
+                    const int there = __shfl_xor_sync(0xffffffffu, where, step);
+                    if (other > best || (other == best && there < where)) best = other, where = there;
+                }
+                if (b < p.batch && i % TALL == 0) {
+                    p.best[(size_t)b * gridDim.x + blockIdx.x] = best;
+                    p.best_at[(size_t)b * gridDim.x + blockIdx.x] = where;
+                }
+            }
+        }
+    }
+}
+
+template <int MODE, int MT, int RT, int WARPS>
+int launch_product(const Product& p, bool overlap, cudaStream_t stream) {
+    const int tall = MODE == SWIGLU ? 16 : 16 * RT, rows = MODE == SWIGLU ? p.rows / 2 : p.rows;
+    auto* kernel = product<MODE, MT, RT, 4 / RT, WARPS>;
+    return start(kernel, dim3((rows + tall - 1) / tall), WARPS * WARP, 0, overlap, stream, p);
+}
+
+template <int MODE, int RT, int WARPS> int by_batch(const Product& p, bool overlap, cudaStream_t stream) {
+    if (p.batch <= 8) return launch_product<MODE, 1, RT, WARPS>(p, overlap, stream);
+    return launch_product<MODE, 2, RT, WARPS>(p, overlap, stream);
+}
+
+}  // namespace
+
+// The first kernel of a step. Mirrored in src/ops/decode.rs.
+struct Embed {
+    const uint32_t* tokens;    // [batch]
+    const bf16* embedding;     // [vocab, hidden]
+    const bf16* next;          // [hidden] weight of the first norm
+    const double* frequencies; // [pairs] inverse frequencies of the rotary embedding
+    const int* position;
+    float* stream;             // [batch, hidden]
+    bf16* scaled;              // [batch, hidden]
+    float* squares;            // [batch, blocks of EMBED_SPAN]
+    float* table;              // [2, pairs] cosines, sines of the position
+    int hidden, batch, pairs, vocab;
+};
+
+namespace {
+
+constexpr int EMBED_SPAN = 512;
+
+__global__ void __launch_bounds__(256) embed(const Embed p) {
+    __shared__ float shared[32];
+    const int b = blockIdx.y, from = blockIdx.x * EMBED_SPAN;
+    if (b == 0) {
+        for (int i = blockIdx.x * 256 + threadIdx.x; i < p.pairs; i += gridDim.x * 256) {
+            double sine, cosine;
+            sincos((double)*p.position * p.frequencies[i], &sine, &cosine);
+            p.table[i] = (float)cosine, p.table[p.pairs + i] = (float)sine;
+        }
+    }
+    const size_t token = min(p.tokens[b], (uint32_t)(p.vocab - 1));
+    float sum = 0.0f;
+    for (int i = from + threadIdx.x; i < min(from + EMBED_SPAN, p.hidden); i += 256) {
+        const float x = to_float(p.embedding[token * p.hidden + i]);
+        p.stream[(size_t)b * p.hidden + i] = x;
+        p.scaled[(size_t)b * p.hidden + i] = __float2bfloat16_rn(x * to_float(p.next[i]));
+        sum += x * x;
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) p.squares[(size_t)b * gridDim.x + blockIdx.x] = sum;
+}
+
+// The most likely token of every sequence from the maxima of the head's blocks; the first of equals. Moves the position.
+__global__ void __launch_bounds__(256) choose(uint32_t* tokens, int* position, const float* best,
+                                              const uint32_t* best_at, int parts) {
+    __shared__ float values[8];
+    __shared__ uint32_t columns[8];
+    wait_for_previous();
+    const int b = blockIdx.x;
+    float top = -INFINITY;
+    uint32_t at = 0xffffffffu;
+    auto take = [&](float other, uint32_t there) {
+        if (other > top || (other == top && there < at)) top = other, at = there;
+    };
+    for (int i = threadIdx.x; i < parts; i += 256) take(__ldcg(best + (size_t)b * parts + i), __ldcg(best_at + (size_t)b * parts + i));
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(0xffffffffu, top, step);
+        const uint32_t there = __shfl_xor_sync(0xffffffffu, at, step);
+        take(other, there);
+    }
+    if (threadIdx.x % WARP == 0) values[threadIdx.x / WARP] = top, columns[threadIdx.x / WARP] = at;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int i = 1; i < 8; i++) take(values[i], columns[i]);
+        tokens[b] = at == 0xffffffffu ? 0 : at;
+        if (b == 0) *position += 1;
+    }
+}
+
+}  // namespace
+
+// One token of LoLCATs attention (formula: src/ops/hybrid_attn) for every sequence and head. Mirrored in src/ops/decode.rs.
+//
+// State, all in place: `ring_k`, `ring_v` the keys the window may hold, position i in slot i % slots, keys rotated;
+// `s`, `z` the sums of φk v and φk over the keys that left it.
+struct Lolcats {
+    const float* qkv;       // [batch, heads + 2 kv_heads, dim] not yet rotated
+    const float* table;     // [2, dim / 2] of this position
+    const int* position;
+    const bf16* map_q;      // [heads, dim, cols]; null: elu without weights
+    const bf16* map_k;
+    const float* bias_q;    // [heads, cols] or null
+    const float* bias_k;
+    const float* factors;   // [heads] window factors before the sigmoid
+    bf16* ring_k;           // [batch, slots, kv_heads, dim]
+    bf16* ring_v;
+    float* s;               // [batch, heads, width, dim]
+    float* z;               // [batch, heads, width]
+    bf16* y;                // [batch, heads, dim]
+    int batch, heads, kv_heads, dim, cols, width;
+    int window, terraced, affine;
+    int activation;         // 0 softmax_dim, 1 exp_dim, 2 relu, 3 elu
+};
+
+namespace {
+
+constexpr int STEP = 512;       // threads of an attention block
+constexpr float FLOOR = 1e-12f; // of features; also the smallest denominator
+
+__device__ __forceinline__ int window_start(int i, int window, int terraced) {
+    if (terraced && window > 0) return max(i / window - 1, 0) * window;
+    return max(i + 1 - window, 0);
+}
+
+// Pre-activations of one map become features; one warp. Up to 32 * 8 columns.
+__device__ __forceinline__ void activate(float* out, const float* parts, int part_count, int stride, const float* bias,
+                                         int cols, int activation) {
+    const int lane = threadIdx.x % WARP;
+    float u[8];
+    float top = -INFINITY, low = INFINITY;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int c = lane + WARP * i;
+        if (c >= cols) continue;
+        float z = bias == nullptr ? 0.0f : bias[c];
+        for (int n = 0; n < part_count; n++) z += parts[n * stride + c];
+        u[i] = z;
+        top = fmaxf(top, z), low = fminf(low, z);
+    }
+    if (activation >= 2) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int c = lane + WARP * i;
+            if (c >= cols) continue;
+            out[c] = activation == 2 ? fmaxf(u[i], 0.0f) : u[i] > 0.0f ? u[i] + 1.0f : __expf(u[i]);
+        }
+        return;
+    }
+    top = warp_max(top), low = -warp_max(-low);
+    float up = 0.0f, down = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (lane + WARP * i >= cols) continue;
+        up += __expf(u[i] - top), down += __expf(low - u[i]);
+    }
+    up = activation == 0 ? 1.0f / warp_sum(up) : 1.0f, down = activation == 0 ? 1.0f / warp_sum(down) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int c = lane + WARP * i;
+        if (c >= cols) continue;
+        out[c] = fmaxf(__expf(u[i] - top) * up, FLOOR), out[cols + c] = fmaxf(__expf(low - u[i]) * down, FLOOR);
+    }
+}
+
+// Floats of shared memory before the staged operands.
+__host__ __device__ inline int lolcats_floats(int dim, int width, int slots) {
+    return 2 * dim + 2 * width + (slots + 4) / 4 * 4 + 2 * STEP + 4 * STEP + 32;
+}
+
+// ROWS: rows of S that a thread holds. `staged`: maps and window lie in shared memory, copied while the kernel before
+// this one runs; else they are read where they are.
+template <int ROWS> __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats p, bool staged) {
+    extern __shared__ __align__(16) float memory[];
+    const int head = blockIdx.x, batch = blockIdx.y, tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
+    const int dim = p.dim, cols = p.cols, width = p.width, group = p.heads / p.kv_heads, kv = head / group;
+    const int slots = p.terraced ? 2 * p.window : p.window;
+
+    float* q = memory;                                          // [dim]
+    bf16* key = reinterpret_cast<bf16*>(q + dim);               // [dim] this position's, rotated
+    bf16* value = key + dim;                                    // [dim]
+    float* phi_q = q + 2 * dim;                                 // [width]
+    float* phi_k = phi_q + width;                               // [width]
+    float* weights = phi_k + width;                             // [slots], scores first
+    float* parts = weights + (slots + 4) / 4 * 4;               // [2 STEP] partial products of the maps
+    float* gathered = parts + 2 * STEP;                         // [4 STEP] partial sums of y
+    float* shared = gathered + 4 * STEP;                        // [32]
+    bf16* stage = reinterpret_cast<bf16*>(shared + 32);
+
+    // Operands that the kernel before this one does not write.
+    const size_t ring = ((size_t)batch * slots * p.kv_heads + kv) * dim;
+    const bf16 *map_q = p.map_q, *map_k = p.map_k, *keys = p.ring_k + ring, *values = p.ring_v + ring;
+    int stride = p.kv_heads * dim;
+    if (map_q != nullptr) map_q += (size_t)head * dim * cols, map_k += (size_t)head * dim * cols;
+    if (staged) {
+        bf16* to = stage;
+        if (map_q != nullptr) {
+            for (int i = tid * 8; i < dim * cols; i += STEP * 8) {
+                copy16(to + i, map_q + i);
+                copy16(to + dim * cols + i, map_k + i);
+            }
+            map_q = to, map_k = to + dim * cols;
+            to += 2 * dim * cols;
+        }
+        for (int i = tid * 8; i < slots * dim; i += STEP * 8) {
+            const size_t from = (size_t)(i / dim) * stride + i % dim;
+            copy16(to + i, keys + from);
+            copy16(to + slots * dim + i, values + from);
+        }
+        keys = to, values = to + slots * dim, stride = dim;
+    }
+    copy_commit();
+    const int lanes = dim / 4, groups = STEP / lanes, mine = tid / lanes, column = tid % lanes * 4;
+    const bool working = mine < groups;
+    float4* s = reinterpret_cast<float4*>(p.s + ((size_t)batch * p.heads + head) * width * dim + column);
+    float4 state[ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const int f = mine + i * groups;
+        state[i] = working && f < width ? __ldcg(s + (size_t)f * lanes) : make_float4(0, 0, 0, 0);
+    }
+    float* z = p.z + ((size_t)batch * p.heads + head) * width + tid;
+    float mass = tid < width ? __ldcg(z) : 0.0f;
+    const int position = *p.position;
+    const float sigma = 1.0f / (1.0f + expf(-p.factors[head])), lambda = p.affine ? 1.0f - sigma : 1.0f;
+    const int start = window_start(position, p.window, p.terraced);
+    const int base = min(start, position), count = position - start + 1;  // keys in the window, this one included
+    const int leaving = min(window_start(position + 1, p.window, p.terraced), position + 1) - base;
+
+    wait_for_previous();
+
+    // Rotate, round as the ring does, write the ring once per key head.
+    const float* row = p.qkv + (size_t)batch * (p.heads + 2 * p.kv_heads) * dim;
+    bf16* slot_k = p.ring_k + ring + (size_t)(slots > 0 ? position % slots : 0) * p.kv_heads * dim;
+    bf16* slot_v = p.ring_v + ring + (size_t)(slots > 0 ? position % slots : 0) * p.kv_heads * dim;
+    const bool writer = slots > 0 && head % group == 0;
+    for (int i = tid; i < 2 * dim; i += STEP) {
+        if (i < dim) {
+            const bool is_key = i >= dim / 2;
+            const int d = i % (dim / 2);
+            const float* x = row + (is_key ? p.heads + kv : head) * dim;
+            const float a = __ldcg(x + d), b = __ldcg(x + d + dim / 2);
+            const float cosine = __ldcg(p.table + d), sine = __ldcg(p.table + dim / 2 + d);
+            const float lo = a * cosine - b * sine, hi = b * cosine + a * sine;
+            if (is_key) {
+                key[d] = __float2bfloat16_rn(lo), key[d + dim / 2] = __float2bfloat16_rn(hi);
+                if (writer) slot_k[d] = key[d], slot_k[d + dim / 2] = key[d + dim / 2];
+            } else {
+                q[d] = lo, q[d + dim / 2] = hi;
+            }
+        } else {
+            const int d = i - dim;
+            value[d] = __float2bfloat16_rn(__ldcg(row + (p.heads + p.kv_heads + kv) * dim + d));
+            if (writer) slot_v[d] = value[d];
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();
+
+    auto key_at = [&](int i) { return i == position ? key : keys + (size_t)(i % slots) * stride; };
+    auto value_at = [&](int i) { return i == position ? value : values + (size_t)(i % slots) * stride; };
+    // Products of the maps with the query and with a key that leaves, in parts; `maps` 2 for both, 1 for the key only.
+    const int units = cols / 2, part_count = max(1, min(STEP / cols, dim));
+    auto project = [&](const bf16* leaver, bool with_query) {
+        if (map_q == nullptr) {
+            for (int i = tid; i < dim; i += STEP) {
+                if (with_query) parts[i] = q[i];
+                parts[cols + i] = leaver == nullptr ? 0.0f : to_float(leaver[i]);
+            }
+            return;
+        }
+        const int part = tid / cols, unit = tid % cols;
+        if (part >= part_count) return;
+        const bool of_key = unit >= units;
+        const int c = unit % units * 2;
+        if (of_key ? leaver == nullptr : !with_query) return;
+        const bf16* w = (of_key ? map_k : map_q) + c;
+        float a = 0.0f, b = 0.0f;
+#pragma unroll 4
+        for (int d = part; d < dim; d += part_count) {
+            const float2 pair = unpack(*reinterpret_cast<const uint32_t*>(w + d * cols));
+            const float x = of_key ? to_float(leaver[d]) : q[d];
+            a += x * pair.x, b += x * pair.y;
+        }
+        float* to = parts + (part * 2 + of_key) * cols + c;
+        to[0] = a, to[1] = b;
+    };
+    const int used = map_q == nullptr ? 1 : part_count;
+    const float* bias_q = p.bias_q == nullptr ? nullptr : p.bias_q + head * cols;
+    const float* bias_k = p.bias_k == nullptr ? nullptr : p.bias_k + head * cols;
+
+    project(leaving > 0 ? key_at(base) : nullptr, true);
+    const float scale = rsqrtf((float)dim);
+    for (int j = tid / 8; j < (count + 3) / 4 * 4; j += STEP / 8) {  // eight lanes per key
+        float dot = 0.0f;
+        if (j < count) {
+            const bf16* k = key_at(start + j);
+            for (int d = tid % 8 * 8; d < dim; d += 64) {
+                const uint4 packed = *reinterpret_cast<const uint4*>(k + d);
+                const float2 k0 = unpack(packed.x), k1 = unpack(packed.y), k2 = unpack(packed.z), k3 = unpack(packed.w);
+                dot += q[d] * k0.x + q[d + 1] * k0.y + q[d + 2] * k1.x + q[d + 3] * k1.y;
+                dot += q[d + 4] * k2.x + q[d + 5] * k2.y + q[d + 6] * k3.x + q[d + 7] * k3.y;
+            }
+        }
+        dot = warp_sum<8>(dot);
+        if (tid % 8 == 0 && j < count) weights[j] = dot * scale;
+    }
+    __syncthreads();
+    if (warp == 0) activate(phi_q, parts, used, 2 * cols, bias_q, cols, p.activation);
+    if (warp == 1 && leaving > 0) activate(phi_k, parts + cols, used, 2 * cols, bias_k, cols, p.activation);
+    if (warp == 2 && count > 0) {
+        float top = -INFINITY;
+        for (int j = lane; j < count; j += WARP) top = fmaxf(top, weights[j]);
+        top = warp_max(top);
+        for (int j = lane; j < count; j += WARP) weights[j] = sigma * __expf(weights[j] - top);
+    }
+    __syncthreads();
+
+    // A key that leaves is folded into the state; without a window it is this one, and counts before the state is read.
+    auto fold = [&](int leaver) {
+        if (working) {
+            const bf16* v = value_at(leaver) + column;
+            const float2 lo = unpack(*reinterpret_cast<const uint32_t*>(v)), hi = unpack(*reinterpret_cast<const uint32_t*>(v + 2));
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                const int f = mine + i * groups;
+                if (f >= width) continue;
+                const float phi = phi_k[f];
+                state[i].x += phi * lo.x, state[i].y += phi * lo.y, state[i].z += phi * hi.x, state[i].w += phi * hi.y;
+            }
+        }
+        if (tid < width) mass += phi_k[tid];
+    };
+    int folded = 0;
+    if (p.window == 0) fold(position), folded = 1;
+
+    float4 y = make_float4(0, 0, 0, 0);
+    if (working) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const int f = mine + i * groups;
+            if (f >= width) continue;
+            const float phi = lambda * phi_q[f];
+            y.x += phi * state[i].x, y.y += phi * state[i].y, y.z += phi * state[i].z, y.w += phi * state[i].w;
+        }
+        for (int j = mine; j < count; j += groups) {
+            const bf16* v = value_at(start + j) + column;
+            const float2 lo = unpack(*reinterpret_cast<const uint32_t*>(v)), hi = unpack(*reinterpret_cast<const uint32_t*>(v + 2));
+            const float a = weights[j];
+            y.x += a * lo.x, y.y += a * lo.y, y.z += a * hi.x, y.w += a * hi.y;
+        }
+        *reinterpret_cast<float4*>(gathered + mine * dim + column) = y;
+    }
+    float share = tid < width ? lambda * phi_q[tid] * mass : 0.0f;
+    for (int j = tid; j < count; j += STEP) share += weights[j];
+    const float total = fmaxf(block_sum(share, shared), FLOOR);  // its barriers also publish `gathered`
+    for (int d = tid; d < dim; d += STEP) {
+        float sum = 0.0f;
+        for (int i = 0; i < groups; i++) sum += gathered[i * dim + d];
+        p.y[((size_t)batch * p.heads + head) * dim + d] = __float2bfloat16_rn(sum / total);
+    }
+
+    for (; folded < leaving; folded++) {
+        if (folded > 0) {
+            __syncthreads();
+            project(key_at(base + folded), false);
+            __syncthreads();
+            if (warp == 1) activate(phi_k, parts + cols, used, 2 * cols, bias_k, cols, p.activation);
+            __syncthreads();
+        }
+        fold(base + folded);
+    }
+    if (leaving > 0) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const int f = mine + i * groups;
+            if (working && f < width) s[(size_t)f * lanes] = state[i];
+        }
+        if (tid < width) *z = mass;
+    }
+}
+
+}  // namespace
+}  // namespace margay
+
+// mode: 0 plain, 1 add, 2 swiglu, 3 logits. tall: 1 or 2 row tiles per block (swiglu has 2 always).
+extern "C" int margay_decode_product(const margay::Product* p, int mode, int tall, int overlap, void* stream) {
+    using namespace margay;
+    if (p->batch < 1 || p->batch > 16 || p->inner % 8 != 0 || p->rows < 1) return cudaErrorInvalidValue;
+    const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    switch (mode * 2 + (tall > 1)) {
+        case 0: return by_batch<PLAIN, 1, 8>(*p, overlap, s);
+        case 1: return by_batch<PLAIN, 2, 8>(*p, overlap, s);
+        case 2: return by_batch<ADD, 1, 8>(*p, overlap, s);
+        case 3: return by_batch<ADD, 2, 8>(*p, overlap, s);
+        case 4:
+        case 5: return p->rows % 2 == 0 ? by_batch<SWIGLU, 2, 8>(*p, overlap, s) : (int)cudaErrorInvalidValue;
+        case 6: return by_batch<LOGITS, 1, 8>(*p, overlap, s);
+        case 7: return by_batch<LOGITS, 2, 8>(*p, overlap, s);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+// Blocks of sums of squares per sequence.
+extern "C" int margay_decode_embed_parts(int hidden) { return (hidden + margay::EMBED_SPAN - 1) / margay::EMBED_SPAN; }
+
+extern "C" int margay_decode_embed(const margay::Embed* p, void* stream) {
+    using namespace margay;
+    if (p->batch < 1 || p->hidden < 1) return cudaErrorInvalidValue;
+    const dim3 grid(margay_decode_embed_parts(p->hidden), p->batch);
+    embed<<<grid, 256, 0, static_cast<cudaStream_t>(stream)>>>(*p);
+    return cudaGetLastError();
+}
+
+extern "C" int margay_decode_choose(void* tokens, void* position, const void* best, const void* best_at, int parts,
+                                    int batch, int overlap, void* stream) {
+    using namespace margay;
+    return start(choose, dim3(batch), 256, 0, overlap, static_cast<cudaStream_t>(stream), static_cast<uint32_t*>(tokens),
+                 static_cast<int*>(position), static_cast<const float*>(best), static_cast<const uint32_t*>(best_at),
+                 parts);
+}
+
+extern "C" int margay_decode_lolcats(const margay::Lolcats* p, int overlap, void* stream) {
+    using namespace margay;
+    const int slots = p->terraced ? 2 * p->window : p->window, groups = p->dim / 4 > 0 ? STEP / (p->dim / 4) : 0;
+    if (p->dim % 8 != 0 || p->dim > 256 || p->cols % 2 != 0 || p->cols > 256 || p->width > STEP || p->batch < 1 ||
+        p->heads % p->kv_heads != 0 || (p->map_q != nullptr && p->dim * p->cols % 8 != 0))
+        return cudaErrorInvalidValue;
+    const size_t floats = lolcats_floats(p->dim, p->width, slots) * sizeof(float);
+    const size_t operands = ((p->map_q != nullptr ? 2 * p->dim * p->cols : 0) + 2 * slots * p->dim) * sizeof(bf16);
+    const bool staged = floats + operands <= 110 * 1024;
+    const size_t shared = floats + (staged ? operands : 0);
+    if (shared > 160 * 1024) return cudaErrorInvalidValue;
+    const dim3 grid(p->heads, p->batch);
+    const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    const int rows = (p->width + groups - 1) / groups;
+    if (rows <= 4) return start(lolcats<4>, grid, STEP, shared, overlap, s, *p, staged);
+    if (rows <= 8) return start(lolcats<8>, grid, STEP, shared, overlap, s, *p, staged);
+    if (rows <= 16) return start(lolcats<16>, grid, STEP, shared, overlap, s, *p, staged);
+    return cudaErrorInvalidValue;
+}
