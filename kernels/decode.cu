@@ -357,7 +357,7 @@ __device__ __forceinline__ int window_start(int i, int window, int terraced) {
 }
 
 // Pre-activations of one map become features; one warp. Up to 32 * 8 columns.
-__device__ __forceinline__ void activate(float* out, const float* parts, int part_count, int stride, const float* bias,
+__device__ __noinline__ void activate(float* out, const float* parts, int part_count, int stride, const float* bias,
                                          int cols, int activation) {
     const int lane = threadIdx.x % WARP;
     float u[8];
@@ -614,6 +614,161 @@ template <int ROWS> __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) l
 }
 
 }  // namespace
+
+// One token of causal softmax attention over a cache of rotated keys. Mirrored in src/ops/decode.rs.
+//
+// The keys are shared out over `splits` blocks per key head, which leave a maximum, a sum and a sum of values for each of
+// the head's queries; `cached_join` puts them together in order. The cache is a ring: position i in slot i % slots.
+struct Cached {
+    const float* qkv;      // [batch, heads + 2 kv_heads, dim] not yet rotated
+    const float* table;    // [2, dim / 2] of this position
+    const int* position;
+    bf16* k;               // [batch, slots, kv_heads, dim]
+    bf16* v;
+    float* partial;        // [batch, heads, splits, dim + 2]
+    bf16* y;               // [batch, heads, dim]
+    int batch, heads, kv_heads, dim, slots, splits;
+};
+
+namespace {
+
+constexpr int CACHED = 256;  // threads
+constexpr int TILE = 64;     // keys at once
+
+// Q: query heads per key head at most.
+template <int Q> __global__ void __launch_bounds__(CACHED) cached(const Cached p) {
+    extern __shared__ __align__(16) float memory[];
+    const int split = blockIdx.x, kv = blockIdx.y, batch = blockIdx.z, tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
+    const int dim = p.dim, group = p.heads / p.kv_heads;
+    float* q = memory;                                  // [Q, dim]
+    float* gathered = q + Q * dim;                      // [2 CACHED, Q] partial sums of values
+    float* scores = gathered + 2 * CACHED * Q;          // [Q, TILE]
+    float* shrink = scores + Q * TILE;                  // [Q]
+    bf16* key = reinterpret_cast<bf16*>(shrink + Q);    // [dim]
+    bf16* value = key + dim;
+    const int position = *p.position, slot = position % p.slots, count = min(position + 1, p.slots);
+    const int chunk = ((count + p.splits - 1) / p.splits + TILE - 1) / TILE * TILE;
+    const int from = split * chunk, to = min(from + chunk, count);
+    const size_t base = ((size_t)batch * p.slots * p.kv_heads + kv) * dim;
+    const int stride = p.kv_heads * dim;
+    wait_for_previous();
+
+    const float* row = p.qkv + (size_t)batch * (p.heads + 2 * p.kv_heads) * dim;
+    const int half = dim / 2;
+    const float scale = rsqrtf((float)dim);
+    for (int i = tid; i < Q * half; i += CACHED) {
+        const int h = i / half, d = i % half;
+        const float cosine = __ldcg(p.table + d), sine = __ldcg(p.table + half + d);
+        const float* x = row + (kv * group + min(h, group - 1)) * dim;
+        const float a = __ldcg(x + d), b = __ldcg(x + d + half);
+        q[h * dim + d] = (a * cosine - b * sine) * scale, q[h * dim + d + half] = (b * cosine + a * sine) * scale;
+    }
+    const bool owner = from <= slot && slot < to;
+    for (int d = tid; owner && d < half; d += CACHED) {
+        const float cosine = __ldcg(p.table + d), sine = __ldcg(p.table + half + d);
+        const float *x = row + (p.heads + kv) * dim, *y = row + (p.heads + p.kv_heads + kv) * dim;
+        const float a = __ldcg(x + d), b = __ldcg(x + d + half);
+        key[d] = __float2bfloat16_rn(a * cosine - b * sine), key[d + half] = __float2bfloat16_rn(b * cosine + a * sine);
+        value[d] = __float2bfloat16_rn(__ldcg(y + d)), value[d + half] = __float2bfloat16_rn(__ldcg(y + d + half));
+        const size_t at = base + (size_t)slot * stride + d;
+        p.k[at] = key[d], p.k[at + half] = key[d + half], p.v[at] = value[d], p.v[at + half] = value[d + half];
+    }
+    __syncthreads();
+
+    float top = -INFINITY, sum = 0.0f;  // of head `warp`, in each of its lanes
+    const int pairs = half, keepers = CACHED / pairs, keeper = tid / pairs, column = tid % pairs * 2;
+    float2 y[Q] = {};
+    for (int tile = from; tile < to; tile += TILE) {
+#pragma unroll
+        for (int pass = 0; pass < TILE * 8 / CACHED; pass++) {  // eight lanes per key
+            const int j = tid / 8 + pass * (CACHED / 8), at = tile + j;
+            float dot[Q] = {};
+            if (at < to) {
+                const bf16* k = at == slot ? key : p.k + base + (size_t)at * stride;
+#pragma unroll 2
+                for (int d = tid % 8 * 8; d < dim; d += 64) {
+                    const uint4 packed = *reinterpret_cast<const uint4*>(k + d);
+                    const float2 k0 = unpack(packed.x), k1 = unpack(packed.y), k2 = unpack(packed.z), k3 = unpack(packed.w);
+#pragma unroll
+                    for (int h = 0; h < Q; h++) {
+                        const float4 a = *reinterpret_cast<const float4*>(q + h * dim + d);
+                        const float4 b = *reinterpret_cast<const float4*>(q + h * dim + d + 4);
+                        dot[h] += a.x * k0.x + a.y * k0.y + a.z * k1.x + a.w * k1.y + b.x * k2.x + b.y * k2.y + b.z * k3.x + b.w * k3.y;
+                    }
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < Q; h++) {
+                const float s = warp_sum<8>(dot[h]);
+                if (tid % 8 == 0) scores[h * TILE + j] = at < to ? s : -INFINITY;
+            }
+        }
+        __syncthreads();
+        if (warp < Q) {
+            float* mine = scores + warp * TILE;
+            const float a = mine[lane], b = mine[lane + WARP];
+            const float next = fmaxf(top, warp_max(fmaxf(a, b)));
+            const float ea = __expf(a - next), eb = __expf(b - next), less = __expf(top - next);
+            sum = sum * less + warp_sum(ea + eb), top = next;
+            mine[lane] = ea, mine[lane + WARP] = eb;
+            if (lane == 0) shrink[warp] = less;
+        }
+        __syncthreads();
+        if (keeper < keepers) {
+#pragma unroll
+            for (int h = 0; h < Q; h++) y[h].x *= shrink[h], y[h].y *= shrink[h];
+#pragma unroll 4
+            for (int j = keeper; j < min(TILE, to - tile); j += keepers) {
+                const bf16* v = (tile + j == slot ? value : p.v + base + (size_t)(tile + j) * stride) + column;
+                const float2 x = unpack(*reinterpret_cast<const uint32_t*>(v));
+#pragma unroll
+                for (int h = 0; h < Q; h++) y[h].x += scores[h * TILE + j] * x.x, y[h].y += scores[h * TILE + j] * x.y;
+            }
+        }
+        __syncthreads();
+    }
+
+    if (keeper < keepers) {
+#pragma unroll
+        for (int h = 0; h < Q; h++) *reinterpret_cast<float2*>(gathered + (h * keepers + keeper) * dim + column) = y[h];
+    }
+    float* out = p.partial + (((size_t)batch * p.heads + kv * group) * p.splits + split) * (dim + 2);
+    const size_t per_head = (size_t)p.splits * (dim + 2);
+    if (warp < group && lane == 0) out[warp * per_head + dim] = top, out[warp * per_head + dim + 1] = sum;
+    __syncthreads();
+    for (int i = tid; i < group * dim; i += CACHED) {
+        const int h = i / dim, d = i % dim;
+        float total = 0.0f;
+        for (int n = 0; n < keepers; n++) total += gathered[(h * keepers + n) * dim + d];
+        out[h * per_head + d] = total;
+    }
+}
+
+__global__ void cached_join(const Cached p) {
+    wait_for_previous();
+    const int head = blockIdx.x, batch = blockIdx.y, dim = p.dim;
+    const float* in = p.partial + ((size_t)batch * p.heads + head) * p.splits * (dim + 2);
+    float top = -INFINITY;
+    for (int i = 0; i < p.splits; i++) top = fmaxf(top, __ldcg(in + (size_t)i * (dim + 2) + dim));
+    for (int d = threadIdx.x; d < dim; d += blockDim.x) {
+        float sum = 0.0f, y = 0.0f;
+        for (int i = 0; i < p.splits; i++) {
+            const float* part = in + (size_t)i * (dim + 2);
+            const float weight = __expf(__ldcg(part + dim) - top);
+            sum += weight * __ldcg(part + dim + 1), y += weight * __ldcg(part + d);
+        }
+        p.y[((size_t)batch * p.heads + head) * dim + d] = __float2bfloat16_rn(y / sum);
+    }
+}
+
+template <int Q> int launch_cached(const Cached& p, bool overlap, cudaStream_t stream) {
+    const size_t shared = (Q * p.dim + 2 * CACHED * Q + Q * TILE + Q + p.dim + 4) * sizeof(float);
+    const int code = start(cached<Q>, dim3(p.splits, p.kv_heads, p.batch), CACHED, shared, overlap, stream, p);
+    if (code != cudaSuccess) return code;
+    return start(cached_join, dim3(p.heads, p.batch), 128, 0, overlap, stream, p);
+}
+
+}  // namespace
 }  // namespace margay
 
 // mode: 0 plain, 1 add, 2 swiglu, 3 logits. tall: 1 or 2 row tiles per block (swiglu has 2 always).
@@ -670,5 +825,19 @@ extern "C" int margay_decode_lolcats(const margay::Lolcats* p, int overlap, void
     if (rows <= 4) return start(lolcats<4>, grid, STEP, shared, overlap, s, *p, staged);
     if (rows <= 8) return start(lolcats<8>, grid, STEP, shared, overlap, s, *p, staged);
     if (rows <= 16) return start(lolcats<16>, grid, STEP, shared, overlap, s, *p, staged);
+    return cudaErrorInvalidValue;
+}
+
+// Writes y and `partial`.
+extern "C" int margay_decode_cached(const margay::Cached* p, int overlap, void* stream) {
+    using namespace margay;
+    if (p->dim % 8 != 0 || p->dim > 256 || p->batch < 1 || p->slots < 1 || p->splits < 1 || p->heads % p->kv_heads != 0)
+        return cudaErrorInvalidValue;
+    const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    const int group = p->heads / p->kv_heads;
+    if (group == 1) return launch_cached<1>(*p, overlap, s);
+    if (group == 2) return launch_cached<2>(*p, overlap, s);
+    if (group <= 4) return launch_cached<4>(*p, overlap, s);
+    if (group <= 8) return launch_cached<8>(*p, overlap, s);
     return cudaErrorInvalidValue;
 }
