@@ -3,7 +3,7 @@
 // A step moves every weight through the chip once and little else, so its floor is the weights' bytes. What keeps it from
 // the floor is the start and the end of its many short kernels. Hence few kernels per layer, five:
 //   product   qkv = r ∘ (x̂ Wᵀ)            x̂ = stream ∘ norm weight in bf16, r the row's 1 / rms
-//   attention y from the layer's state     (`lolcats` one block per head; `cached` + `cached_join` for softmax)
+//   attention y from the layer's state     (`lolcats` a block per head or a few; `cached` + `cached_join` for softmax)
 //   product   stream += y Wᵀ               and, for the norm that follows, x̂ and partial sums of squares
 //   product   act = silu(gate) ∘ up        gate and up rows of one block side by side
 //   product   stream += act Wᵀ
@@ -31,6 +31,10 @@ __device__ __forceinline__ void wait_for_previous() {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 
+#ifndef CARVEOUT
+#define CARVEOUT 100
+#endif
+
 template <typename... P, typename... A>
 int start(void (*kernel)(P...), dim3 grid, int threads, size_t shared, bool overlap, cudaStream_t stream, A... args) {
     cudaLaunchConfig_t config = {};
@@ -47,7 +51,10 @@ int start(void (*kernel)(P...), dim3 grid, int threads, size_t shared, bool over
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
         if (error != cudaSuccess) return error;
     }
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+    // All kernels divide the SM's memory alike: a change of the division would wait for the SM to run dry.
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, CARVEOUT);
+    if (error != cudaSuccess) return error;
+    error = cudaLaunchKernelEx(&config, kernel, args...);
     return error != cudaSuccess ? error : cudaGetLastError();
 }
 
@@ -339,9 +346,9 @@ struct Lolcats {
     bf16* ring_k;           // [batch, slots, kv_heads, dim]
     bf16* ring_v;
     float* s;               // [batch, heads, width, dim]
-    float* z;               // [batch, heads, width]
+    float* z;               // [batch, heads, split, width]
     bf16* y;                // [batch, heads, dim]
-    int batch, heads, kv_heads, dim, cols, width;
+    int batch, heads, kv_heads, dim, cols, width, split;
     int window, terraced, affine;
     int activation;         // 0 softmax_dim, 1 exp_dim, 2 relu, 3 elu
 };
@@ -356,26 +363,33 @@ __device__ __forceinline__ int window_start(int i, int window, int terraced) {
     return max(i + 1 - window, 0);
 }
 
-// Pre-activations of one map become features; one warp. Up to 32 * 8 columns.
-__device__ __noinline__ void activate(float* out, const float* parts, int part_count, int stride, const float* bias,
-                                         int cols, int activation) {
-    const int lane = threadIdx.x % WARP;
-    float u[8];
+// Pre-activations of one map become features; one warp. Up to 32 * 8 columns, `COLS` of them where it is not 0.
+template <int COLS, int PARTS>
+__device__ __forceinline__ void activate(float* out, const float* parts, int part_count, int stride, const float* bias,
+                                         int columns, int activation) {
+    constexpr int EACH = COLS > 0 ? COLS / WARP : 8;
+    const int lane = threadIdx.x % WARP, cols = COLS > 0 ? COLS : columns;
+    float u[EACH];
     float top = -INFINITY, low = INFINITY;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < EACH; i++) {
         const int c = lane + WARP * i;
-        if (c >= cols) continue;
+        if (COLS == 0 && c >= cols) continue;
         float z = bias == nullptr ? 0.0f : bias[c];
-        for (int n = 0; n < part_count; n++) z += parts[n * stride + c];
+        if constexpr (PARTS > 0) {
+#pragma unroll
+            for (int n = 0; n < PARTS; n++) z += parts[n * stride + c];
+        } else {
+            for (int n = 0; n < part_count; n++) z += parts[n * stride + c];
+        }
         u[i] = z;
         top = fmaxf(top, z), low = fminf(low, z);
     }
     if (activation >= 2) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < EACH; i++) {
             const int c = lane + WARP * i;
-            if (c >= cols) continue;
+            if (COLS == 0 && c >= cols) continue;
             out[c] = activation == 2 ? fmaxf(u[i], 0.0f) : u[i] > 0.0f ? u[i] + 1.0f : __expf(u[i]);
         }
         return;
@@ -383,15 +397,15 @@ __device__ __noinline__ void activate(float* out, const float* parts, int part_c
     top = warp_max(top), low = -warp_max(-low);
     float up = 0.0f, down = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (lane + WARP * i >= cols) continue;
+    for (int i = 0; i < EACH; i++) {
+        if (COLS == 0 && lane + WARP * i >= cols) continue;
         up += __expf(u[i] - top), down += __expf(low - u[i]);
     }
     up = activation == 0 ? 1.0f / warp_sum(up) : 1.0f, down = activation == 0 ? 1.0f / warp_sum(down) : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < EACH; i++) {
         const int c = lane + WARP * i;
-        if (c >= cols) continue;
+        if (COLS == 0 && c >= cols) continue;
         out[c] = fmaxf(__expf(u[i] - top) * up, FLOOR), out[cols + c] = fmaxf(__expf(low - u[i]) * down, FLOOR);
     }
 }
@@ -401,12 +415,19 @@ __host__ __device__ inline int lolcats_floats(int dim, int width, int slots) {
     return 2 * dim + 2 * width + (slots + 4) / 4 * 4 + 2 * STEP + 4 * STEP + 32;
 }
 
-// ROWS: rows of S that a thread holds. `staged`: maps and window lie in shared memory, copied while the kernel before
-// this one runs; else they are read where they are.
-template <int ROWS> __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats p, bool staged) {
+// A block per sequence, head and, of few sequences, part of the value columns (SPLIT parts; each keeps a z of its own, the
+// same bits in all). A thread holds ROWS rows of four columns of S in registers from before the wait to the end.
+//
+// With DIM and COLS known at compile time the maps and the window are copied to shared memory while the kernel before this
+// one runs; the general form (both 0) reads them where they are.
+template <int DIM, int COLS, int SPLIT, int ROWS>
+__global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats p) {
     extern __shared__ __align__(16) float memory[];
-    const int head = blockIdx.x, batch = blockIdx.y, tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
-    const int dim = p.dim, cols = p.cols, width = p.width, group = p.heads / p.kv_heads, kv = head / group;
+    constexpr bool STAGED = DIM > 0;
+    const int head = blockIdx.x / SPLIT, part_of_d = blockIdx.x % SPLIT, batch = blockIdx.y;
+    const int tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
+    const int dim = STAGED ? DIM : p.dim, cols = STAGED ? COLS : p.cols, width = STAGED ? 2 * COLS : p.width;
+    const int group = p.heads / p.kv_heads, kv = head / group;
     const int slots = p.terraced ? 2 * p.window : p.window;
 
     float* q = memory;                                          // [dim]
@@ -419,58 +440,57 @@ template <int ROWS> __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) l
     float* gathered = parts + 2 * STEP;                         // [4 STEP] partial sums of y
     float* shared = gathered + 4 * STEP;                        // [32]
     bf16* stage = reinterpret_cast<bf16*>(shared + 32);
+    bf16* stage_keys = stage + 2 * dim * cols;                  // [slots, dim]
+    bf16* stage_values = stage_keys + slots * dim;
 
-    // Operands that the kernel before this one does not write.
-    const size_t ring = ((size_t)batch * slots * p.kv_heads + kv) * dim;
-    const bf16 *map_q = p.map_q, *map_k = p.map_k, *keys = p.ring_k + ring, *values = p.ring_v + ring;
-    int stride = p.kv_heads * dim;
-    if (map_q != nullptr) map_q += (size_t)head * dim * cols, map_k += (size_t)head * dim * cols;
-    if (staged) {
-        bf16* to = stage;
-        if (map_q != nullptr) {
-            for (int i = tid * 8; i < dim * cols; i += STEP * 8) {
-                copy16(to + i, map_q + i);
-                copy16(to + dim * cols + i, map_k + i);
-            }
-            map_q = to, map_k = to + dim * cols;
-            to += 2 * dim * cols;
-        }
-        for (int i = tid * 8; i < slots * dim; i += STEP * 8) {
-            const size_t from = (size_t)(i / dim) * stride + i % dim;
-            copy16(to + i, keys + from);
-            copy16(to + slots * dim + i, values + from);
-        }
-        keys = to, values = to + slots * dim, stride = dim;
-    }
-    copy_commit();
-    const int lanes = dim / 4, groups = STEP / lanes, mine = tid / lanes, column = tid % lanes * 4;
-    const bool working = mine < groups;
+    // Operands that the kernel before this one does not write. The state first: it comes from farthest.
+    const int across = dim / SPLIT, lanes = across / 4, groups = STEP / lanes;
+    const int mine = tid / lanes, column = part_of_d * across + tid % lanes * 4, row_of_s = dim / 4;
+    const bool working = STAGED || mine < groups;
     float4* s = reinterpret_cast<float4*>(p.s + ((size_t)batch * p.heads + head) * width * dim + column);
     float4 state[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const int f = mine + i * groups;
-        state[i] = working && f < width ? __ldcg(s + (size_t)f * lanes) : make_float4(0, 0, 0, 0);
+        state[i] = working && (STAGED || f < width) ? __ldcg(s + (size_t)f * row_of_s) : make_float4(0, 0, 0, 0);
     }
-    float* z = p.z + ((size_t)batch * p.heads + head) * width + tid;
+    float* z = p.z + (((size_t)batch * p.heads + head) * SPLIT + part_of_d) * width + tid;
     float mass = tid < width ? __ldcg(z) : 0.0f;
+    const size_t ring = ((size_t)batch * slots * p.kv_heads + kv) * dim;
+    const int stride = p.kv_heads * dim;
+    const size_t map_at = (size_t)head * dim * cols;
+    if constexpr (STAGED) {
+#pragma unroll
+        for (int i = 0; i < DIM * COLS; i += STEP * 8) {
+            copy16(stage + i + tid * 8, p.map_q + map_at + i + tid * 8);
+            copy16(stage + dim * cols + i + tid * 8, p.map_k + map_at + i + tid * 8);
+        }
+        constexpr int PER_ROW = STAGED ? DIM / 8 : 1;
+        for (int i = tid; i < slots * PER_ROW; i += STEP) {
+            const size_t from = ring + (size_t)(i / PER_ROW) * stride + i % PER_ROW * 8;
+            copy16(stage_keys + i * 8, p.ring_k + from);
+            copy16(stage_values + i * 8, p.ring_v + from);
+        }
+        copy_commit();
+    }
     const int position = *p.position;
-    const float sigma = 1.0f / (1.0f + expf(-p.factors[head])), lambda = p.affine ? 1.0f - sigma : 1.0f;
-    const int start = window_start(position, p.window, p.terraced);
-    const int base = min(start, position), count = position - start + 1;  // keys in the window, this one included
+    const float sigma = 1.0f / (1.0f + __expf(-p.factors[head])), lambda = p.affine ? 1.0f - sigma : 1.0f;
+    const int begin = window_start(position, p.window, p.terraced);
+    const int base = min(begin, position), count = position - begin + 1;  // keys in the window, this one included
     const int leaving = min(window_start(position + 1, p.window, p.terraced), position + 1) - base;
+    const int here = slots > 0 ? position % slots : 0, oldest = slots > 0 ? base % slots : 0;
 
     wait_for_previous();
 
     // Rotate, round as the ring does, write the ring once per key head.
     const float* row = p.qkv + (size_t)batch * (p.heads + 2 * p.kv_heads) * dim;
-    bf16* slot_k = p.ring_k + ring + (size_t)(slots > 0 ? position % slots : 0) * p.kv_heads * dim;
-    bf16* slot_v = p.ring_v + ring + (size_t)(slots > 0 ? position % slots : 0) * p.kv_heads * dim;
-    const bool writer = slots > 0 && head % group == 0;
+    bf16* slot_k = p.ring_k + ring + (size_t)here * stride;
+    bf16* slot_v = p.ring_v + ring + (size_t)here * stride;
+    const bool writer = slots > 0 && head % group == 0 && part_of_d == 0;
     for (int i = tid; i < 2 * dim; i += STEP) {
         if (i < dim) {
             const bool is_key = i >= dim / 2;
-            const int d = i % (dim / 2);
+            const int d = is_key ? i - dim / 2 : i;
             const float* x = row + (is_key ? p.heads + kv : head) * dim;
             const float a = __ldcg(x + d), b = __ldcg(x + d + dim / 2);
             const float cosine = __ldcg(p.table + d), sine = __ldcg(p.table + dim / 2 + d);
@@ -487,15 +507,27 @@ template <int ROWS> __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) l
             if (writer) slot_v[d] = value[d];
         }
     }
-    copy_wait<0>();
+    if constexpr (STAGED) copy_wait<0>();
     __syncthreads();
 
-    auto key_at = [&](int i) { return i == position ? key : keys + (size_t)(i % slots) * stride; };
-    auto value_at = [&](int i) { return i == position ? value : values + (size_t)(i % slots) * stride; };
-    // Products of the maps with the query and with a key that leaves, in parts; `maps` 2 for both, 1 for the key only.
-    const int units = cols / 2, part_count = max(1, min(STEP / cols, dim));
+    // The `n`th key from `base` on, or this position's own; n never exceeds the ring.
+    auto slot_of = [&](int n) { return oldest + n < slots ? oldest + n : oldest + n - slots; };
+    auto key_at = [&](int n) -> const bf16* {
+        if (base + n == position) return key;
+        if constexpr (STAGED) return stage_keys + slot_of(n) * dim;
+        else return p.ring_k + ring + (size_t)slot_of(n) * stride;
+    };
+    auto value_at = [&](int n) -> const bf16* {
+        if (base + n == position) return value;
+        if constexpr (STAGED) return stage_values + slot_of(n) * dim;
+        else return p.ring_v + ring + (size_t)slot_of(n) * stride;
+    };
+    // Products of the maps with the query and with a key that leaves, in parts.
+    constexpr int PARTS = STAGED ? STEP / (COLS > 0 ? COLS : 1) : 0;
+    const int units = cols / 2, part_count = STAGED ? PARTS : max(1, min(STEP / cols, dim));
+    const bool has_maps = STAGED || p.map_q != nullptr;
     auto project = [&](const bf16* leaver, bool with_query) {
-        if (map_q == nullptr) {
+        if (!has_maps) {
             for (int i = tid; i < dim; i += STEP) {
                 if (with_query) parts[i] = q[i];
                 parts[cols + i] = leaver == nullptr ? 0.0f : to_float(leaver[i]);
@@ -505,43 +537,50 @@ template <int ROWS> __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) l
         const int part = tid / cols, unit = tid % cols;
         if (part >= part_count) return;
         const bool of_key = unit >= units;
-        const int c = unit % units * 2;
+        const int c = (of_key ? unit - units : unit) * 2;
         if (of_key ? leaver == nullptr : !with_query) return;
-        const bf16* w = (of_key ? map_k : map_q) + c;
+        const bf16* w = STAGED ? stage + (of_key ? dim * cols : 0) + c : (of_key ? p.map_k : p.map_q) + map_at + c;
         float a = 0.0f, b = 0.0f;
-#pragma unroll 4
-        for (int d = part; d < dim; d += part_count) {
+        auto add = [&](int d) {
             const float2 pair = unpack(*reinterpret_cast<const uint32_t*>(w + d * cols));
             const float x = of_key ? to_float(leaver[d]) : q[d];
             a += x * pair.x, b += x * pair.y;
+        };
+        if constexpr (STAGED) {
+#pragma unroll
+            for (int d = 0; d < DIM; d += PARTS) add(d + part);
+        } else {
+            for (int d = part; d < dim; d += part_count) add(d);
         }
-        float* to = parts + (part * 2 + of_key) * cols + c;
-        to[0] = a, to[1] = b;
+        *reinterpret_cast<float2*>(parts + (part * 2 + of_key) * cols + c) = make_float2(a, b);
     };
-    const int used = map_q == nullptr ? 1 : part_count;
-    const float* bias_q = p.bias_q == nullptr ? nullptr : p.bias_q + head * cols;
-    const float* bias_k = p.bias_k == nullptr ? nullptr : p.bias_k + head * cols;
+    const int used = has_maps ? part_count : 1;
+    auto features = [&](float* out, const float* from, const float* bias) {
+        activate<COLS, PARTS>(out, from, used, 2 * cols, bias == nullptr ? nullptr : bias + head * cols, cols, p.activation);
+    };
 
-    project(leaving > 0 ? key_at(base) : nullptr, true);
+    project(leaving > 0 ? key_at(0) : nullptr, true);
     const float scale = rsqrtf((float)dim);
     for (int j = tid / 8; j < (count + 3) / 4 * 4; j += STEP / 8) {  // eight lanes per key
         float dot = 0.0f;
         if (j < count) {
-            const bf16* k = key_at(start + j);
+            const bf16* k = key_at(j);
+#pragma unroll 2
             for (int d = tid % 8 * 8; d < dim; d += 64) {
                 const uint4 packed = *reinterpret_cast<const uint4*>(k + d);
+                const float4 a = *reinterpret_cast<const float4*>(q + d), b = *reinterpret_cast<const float4*>(q + d + 4);
                 const float2 k0 = unpack(packed.x), k1 = unpack(packed.y), k2 = unpack(packed.z), k3 = unpack(packed.w);
-                dot += q[d] * k0.x + q[d + 1] * k0.y + q[d + 2] * k1.x + q[d + 3] * k1.y;
-                dot += q[d + 4] * k2.x + q[d + 5] * k2.y + q[d + 6] * k3.x + q[d + 7] * k3.y;
+                dot += a.x * k0.x + a.y * k0.y + a.z * k1.x + a.w * k1.y;
+                dot += b.x * k2.x + b.y * k2.y + b.z * k3.x + b.w * k3.y;
             }
         }
         dot = warp_sum<8>(dot);
         if (tid % 8 == 0 && j < count) weights[j] = dot * scale;
     }
     __syncthreads();
-    if (warp == 0) activate(phi_q, parts, used, 2 * cols, bias_q, cols, p.activation);
-    if (warp == 1 && leaving > 0) activate(phi_k, parts + cols, used, 2 * cols, bias_k, cols, p.activation);
-    if (warp == 2 && count > 0) {
+    if (warp < 2) {
+        if (warp == 0 || leaving > 0) features(warp == 0 ? phi_q : phi_k, parts + warp * cols, warp == 0 ? p.bias_q : p.bias_k);
+    } else if (warp == 2 && count > 0) {
         float top = -INFINITY;
         for (int j = lane; j < count; j += WARP) top = fmaxf(top, weights[j]);
         top = warp_max(top);
@@ -549,68 +588,109 @@ template <int ROWS> __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) l
     }
     __syncthreads();
 
+    auto four = [&](const bf16* v) {
+        const uint2 packed = *reinterpret_cast<const uint2*>(v + column);
+        const float2 lo = unpack(packed.x), hi = unpack(packed.y);
+        return make_float4(lo.x, lo.y, hi.x, hi.y);
+    };
     // A key that leaves is folded into the state; without a window it is this one, and counts before the state is read.
-    auto fold = [&](int leaver) {
+    auto fold = [&](int n) {
         if (working) {
-            const bf16* v = value_at(leaver) + column;
-            const float2 lo = unpack(*reinterpret_cast<const uint32_t*>(v)), hi = unpack(*reinterpret_cast<const uint32_t*>(v + 2));
+            const float4 v = four(value_at(n));
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int f = mine + i * groups;
-                if (f >= width) continue;
+                if (!STAGED && f >= width) continue;
                 const float phi = phi_k[f];
-                state[i].x += phi * lo.x, state[i].y += phi * lo.y, state[i].z += phi * hi.x, state[i].w += phi * hi.y;
+                state[i].x += phi * v.x, state[i].y += phi * v.y, state[i].z += phi * v.z, state[i].w += phi * v.w;
             }
         }
         if (tid < width) mass += phi_k[tid];
     };
     int folded = 0;
-    if (p.window == 0) fold(position), folded = 1;
+    if (p.window == 0) fold(0), folded = 1;
 
     float4 y = make_float4(0, 0, 0, 0);
     if (working) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int f = mine + i * groups;
-            if (f >= width) continue;
+            if (!STAGED && f >= width) continue;
             const float phi = lambda * phi_q[f];
             y.x += phi * state[i].x, y.y += phi * state[i].y, y.z += phi * state[i].z, y.w += phi * state[i].w;
         }
+#pragma unroll 2
         for (int j = mine; j < count; j += groups) {
-            const bf16* v = value_at(start + j) + column;
-            const float2 lo = unpack(*reinterpret_cast<const uint32_t*>(v)), hi = unpack(*reinterpret_cast<const uint32_t*>(v + 2));
+            const float4 v = four(value_at(j));
             const float a = weights[j];
-            y.x += a * lo.x, y.y += a * lo.y, y.z += a * hi.x, y.w += a * hi.y;
+            y.x += a * v.x, y.y += a * v.y, y.z += a * v.z, y.w += a * v.w;
         }
-        *reinterpret_cast<float4*>(gathered + mine * dim + column) = y;
+    }
+    int sums = groups;
+    if constexpr (STAGED) {
+        sums = STEP / WARP;
+        constexpr int LANES = STAGED ? DIM / SPLIT / 4 : 1;
+#pragma unroll
+        for (int step = LANES; step < WARP; step *= 2) {
+            y.x += __shfl_xor_sync(0xffffffffu, y.x, step), y.y += __shfl_xor_sync(0xffffffffu, y.y, step);
+            y.z += __shfl_xor_sync(0xffffffffu, y.z, step), y.w += __shfl_xor_sync(0xffffffffu, y.w, step);
+        }
+        if (lane < LANES) *reinterpret_cast<float4*>(gathered + warp * across + lane * 4) = y;
+    } else if (working) {
+        *reinterpret_cast<float4*>(gathered + mine * across + column) = y;
     }
     float share = tid < width ? lambda * phi_q[tid] * mass : 0.0f;
     for (int j = tid; j < count; j += STEP) share += weights[j];
     const float total = fmaxf(block_sum(share, shared), FLOOR);  // its barriers also publish `gathered`
-    for (int d = tid; d < dim; d += STEP) {
+    for (int d = tid; d < across; d += STEP) {
         float sum = 0.0f;
-        for (int i = 0; i < groups; i++) sum += gathered[i * dim + d];
-        p.y[((size_t)batch * p.heads + head) * dim + d] = __float2bfloat16_rn(sum / total);
+        if constexpr (STAGED) {
+#pragma unroll
+            for (int i = 0; i < STEP / WARP; i++) sum += gathered[i * across + d];
+        } else {
+            for (int i = 0; i < sums; i++) sum += gathered[i * across + d];
+        }
+        p.y[((size_t)batch * p.heads + head) * dim + part_of_d * across + d] = __float2bfloat16_rn(sum / total);
     }
 
     for (; folded < leaving; folded++) {
         if (folded > 0) {
             __syncthreads();
-            project(key_at(base + folded), false);
+            project(key_at(folded), false);
             __syncthreads();
-            if (warp == 1) activate(phi_k, parts + cols, used, 2 * cols, bias_k, cols, p.activation);
+            if (warp == 1) features(phi_k, parts + cols, p.bias_k);
             __syncthreads();
         }
-        fold(base + folded);
+        fold(folded);
     }
     if (leaving > 0) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int f = mine + i * groups;
-            if (working && f < width) s[(size_t)f * lanes] = state[i];
+            if (working && (STAGED || f < width)) __stcg(s + (size_t)f * row_of_s, state[i]);
         }
         if (tid < width) *z = mass;
     }
+}
+
+// The form with known sizes, where the window fits in shared memory.
+template <int DIM, int COLS, int SPLIT> int launch_lolcats(const Lolcats& p, size_t shared, bool overlap, cudaStream_t stream) {
+    constexpr int ROWS = 2 * COLS * (DIM / SPLIT / 4) / STEP;
+    return start(lolcats<DIM, COLS, SPLIT, ROWS>, dim3(p.heads * SPLIT, p.batch), STEP, shared, overlap, stream, p);
+}
+
+template <int DIM, int COLS> int by_split(const Lolcats& p, size_t shared, bool overlap, cudaStream_t stream) {
+    if (p.split == 4) return launch_lolcats<DIM, COLS, 4>(p, shared, overlap, stream);
+    if (p.split == 2) return launch_lolcats<DIM, COLS, 2>(p, shared, overlap, stream);
+    return launch_lolcats<DIM, COLS, 1>(p, shared, overlap, stream);
+}
+
+size_t staged_bytes(int dim, int cols, int slots) {
+    return lolcats_floats(dim, 2 * cols, slots) * sizeof(float) + (2 * dim * cols + 2 * slots * dim) * sizeof(bf16);
+}
+
+bool known_sizes(int dim, int cols, int activation, int slots) {
+    return (dim == 128 || dim == 64) && cols == 64 && activation < 2 && staged_bytes(dim, cols, slots) <= 110 * 1024;
 }
 
 }  // namespace
@@ -814,18 +894,25 @@ extern "C" int margay_decode_lolcats(const margay::Lolcats* p, int overlap, void
     if (p->dim % 8 != 0 || p->dim > 256 || p->cols % 2 != 0 || p->cols > 256 || p->width > STEP || p->batch < 1 ||
         p->heads % p->kv_heads != 0 || (p->map_q != nullptr && p->dim * p->cols % 8 != 0))
         return cudaErrorInvalidValue;
-    const size_t floats = lolcats_floats(p->dim, p->width, slots) * sizeof(float);
-    const size_t operands = ((p->map_q != nullptr ? 2 * p->dim * p->cols : 0) + 2 * slots * p->dim) * sizeof(bf16);
-    const bool staged = floats + operands <= 110 * 1024;
-    const size_t shared = floats + (staged ? operands : 0);
-    if (shared > 160 * 1024) return cudaErrorInvalidValue;
-    const dim3 grid(p->heads, p->batch);
     const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    if (known_sizes(p->dim, p->cols, p->activation, slots) && p->map_q != nullptr) {
+        const size_t shared = staged_bytes(p->dim, p->cols, slots);
+        return p->dim == 128 ? by_split<128, 64>(*p, shared, overlap, s) : by_split<64, 64>(*p, shared, overlap, s);
+    }
+    const size_t shared = lolcats_floats(p->dim, p->width, slots) * sizeof(float);
+    if (shared > 160 * 1024 || p->split != 1) return cudaErrorInvalidValue;
+    const dim3 grid(p->heads, p->batch);
     const int rows = (p->width + groups - 1) / groups;
-    if (rows <= 4) return start(lolcats<4>, grid, STEP, shared, overlap, s, *p, staged);
-    if (rows <= 8) return start(lolcats<8>, grid, STEP, shared, overlap, s, *p, staged);
-    if (rows <= 16) return start(lolcats<16>, grid, STEP, shared, overlap, s, *p, staged);
+    if (rows <= 4) return start(lolcats<0, 0, 1, 4>, grid, STEP, shared, overlap, s, *p);
+    if (rows <= 8) return start(lolcats<0, 0, 1, 8>, grid, STEP, shared, overlap, s, *p);
+    if (rows <= 16) return start(lolcats<0, 0, 1, 16>, grid, STEP, shared, overlap, s, *p);
     return cudaErrorInvalidValue;
+}
+
+// Parts of the value columns that a batch of this size is best run in: what `split` and the shape of z must be.
+extern "C" int margay_decode_lolcats_split(int batch, int heads, int dim, int cols, int activation, int slots) {
+    if (!margay::known_sizes(dim, cols, activation, slots)) return 1;
+    return batch * heads <= 48 ? 4 : batch * heads <= 128 ? 2 : 1;
 }
 
 // Writes y and `partial`.

@@ -1,11 +1,12 @@
 //! Recurrent decoding: one token at a time from the state of each layer, greedy or sampled.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::Result;
 use crate::evaluate::Subject;
+use crate::model::Steps;
 
 /// How the next token is chosen.
 pub struct Sampler {
@@ -25,11 +26,15 @@ impl Sampler {
         Sampler::new(0.0, 1.0, 0)
     }
 
+    pub fn is_greedy(&self) -> bool {
+        self.temperature <= 0.0
+    }
+
     /// Chooses from logits `[V]`.
     pub fn choose(&mut self, logits: &[f32]) -> u32 {
         let best = |a: &(usize, f32), b: &(usize, f32)| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0));
         let (top, largest) = logits.iter().copied().enumerate().max_by(best).unwrap_or((0, 0.0));
-        if self.temperature <= 0.0 {
+        if self.is_greedy() {
             return top as u32;
         }
         let weight = |z: f32| ((z - largest) as f64 / self.temperature).exp();
@@ -79,18 +84,15 @@ pub fn generate(
     let (decoder, net) = (model.decoder, model.net);
     let mut states = net.states();
     let started = std::time::Instant::now();
-    let next = |ids: &[u32], states: &mut [_]| -> Result<Vec<f32>> {
-        let ids = Tensor::new(ids, &decoder.device)?.unsqueeze(0)?;
-        let hidden = decoder.extend(&ids, net, states)?;
-        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.flatten(0, 1)?.contiguous()?;
-        Ok(decoder.logits(&last)?.squeeze(0)?.to_dtype(DType::F32)?.to_vec1()?)
-    };
-    let mut logits = next(prompt, &mut states)?;
+    let ids = Tensor::new(prompt, &decoder.device)?.unsqueeze(0)?;
+    let hidden = decoder.extend(&ids, net, &mut states)?;
+    let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.flatten(0, 1)?.contiguous()?;
+    let mut token = sampler.choose(&decoder.logits(&last)?.squeeze(0)?.to_vec1()?);
+    let mut steps = Steps::new(decoder, net, states, 1, most);
     let prefill_seconds = started.elapsed().as_secs_f64();
     let started = std::time::Instant::now();
     let mut tokens = 0;
     while tokens < most {
-        let token = sampler.choose(&logits);
         if stops.contains(&token) {
             break;
         }
@@ -98,8 +100,12 @@ pub fn generate(
         if !each(token)? || tokens == most {
             break;
         }
-        logits = next(&[token], &mut states)?;
+        steps.step(&[token])?;
+        token = match sampler.is_greedy() {
+            true => steps.greedy()?[0],
+            false => sampler.choose(&steps.logits()?.squeeze(0)?.to_vec1()?),
+        };
     }
     let decode_seconds = started.elapsed().as_secs_f64();
-    Ok(Generated { tokens, prefill_seconds, decode_seconds, state_bytes: states.iter().map(|s| s.bytes()).sum() })
+    Ok(Generated { tokens, prefill_seconds, decode_seconds, state_bytes: steps.state_bytes() })
 }

@@ -181,6 +181,11 @@ impl Stack {
         self.member(p).map(|(start, rows)| self.weight.narrow(0, start, rows))
     }
 
+    /// The stacked weight [rows of all, in] and bias.
+    pub fn whole(&self) -> (&Tensor, Option<&Tensor>) {
+        (&self.weight, self.bias.as_ref())
+    }
+
     /// Replaces the weight of a projection that is in here.
     pub fn set_weight(&mut self, p: Projection, weight: &Tensor) -> Result<()> {
         match self.member(p) {

@@ -9,8 +9,7 @@ use crate::convert::swap::swap;
 use crate::convert::transfer::Transfer;
 use crate::data::Batch;
 use crate::error::{Error, Kind, Result};
-use crate::mixers::State;
-use crate::model::{Decoder, Net};
+use crate::model::{Decoder, Net, Steps};
 use crate::params::Adapters;
 use crate::recipe::Recipe;
 use crate::train::adamw::AdamW;
@@ -147,18 +146,23 @@ pub fn decode(b: &Bench) -> Result<Row> {
     let mut states = net.states();
     let prompt = Tensor::zeros((b.batch, PROMPT), DType::U32, &b.device)?;
     decoder.extend(&prompt, &net, &mut states)?;
-    let token = Tensor::zeros((b.batch, 1), DType::U32, &b.device)?;
-    let seconds = time(&b.device, b.repeats, 8, || {
-        let hidden = decoder.extend(&token, &net, &mut states)?;
-        // The choice of a token waits for its logits.
-        decoder.logits(&hidden.flatten(0, 1)?)?.argmax(1)?.to_vec1::<u32>()?;
+    let calls = 32;
+    let mut steps = Steps::new(&decoder, &net, states, b.batch, (b.repeats + 2) * calls);
+    let mut tokens = vec![0; b.batch];
+    forget_peak(&b.device);
+    let seconds = time(&b.device, b.repeats, calls, || {
+        // The next step waits for the choice of a token.
+        steps.step(&tokens)?;
+        tokens = steps.greedy()?;
         Ok(())
     })?;
     let weights = a.layers * a.block_parameters() + a.vocab * a.hidden;
-    let state: usize = states.iter().map(State::bytes).sum();
-    let bytes = (weights * b.dtype.size_in_bytes() + 2 * state) as f64;
+    let bytes = (weights * b.dtype.size_in_bytes() + 2 * steps.state_bytes()) as f64;
     let work = Work { flops: 0.0, bytes, tokens: b.batch as f64 };
-    Ok(Row::new(format!("decode, batch {}", b.batch), seconds, work, b.ceilings))
+    let how = if steps.is_fixed() { "" } else { ", op by op" };
+    let mut row = Row::new(format!("decode, batch {}{how}", b.batch), seconds, work, b.ceilings);
+    row.peak_bytes = peak(&b.device);
+    Ok(row)
 }
 
 /// A prompt of `seq_len` tokens into an empty state.

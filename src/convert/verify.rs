@@ -14,6 +14,7 @@ use crate::data::Split;
 use crate::error::{Error, Kind, Result};
 use crate::evaluate::{Quality, Subject, linear_shares, quality};
 use crate::families::Claim;
+use crate::model::Steps;
 use crate::progress::{Progress, Silent};
 
 /// One line of the table.
@@ -262,20 +263,19 @@ fn speed(model: &Model, subject: Subject, context: usize, ids: &[u32], device: &
         let part = Tensor::new(part, device)?.unsqueeze(0)?;
         subject.decoder.extend(&part, subject.net, &mut states)?;
     }
-    let state_bytes = states.iter().map(|s| s.bytes()).sum();
-    let one = Tensor::new(&ids[..1], device)?.unsqueeze(0)?;
-    let run = |states: &mut [crate::mixers::State], n: usize| -> Result<f64> {
+    let n = 16;
+    let mut steps = Steps::new(subject.decoder, subject.net, states, 1, n + 2);
+    let state_bytes = steps.state_bytes();
+    let mut run = |n: usize| -> Result<f64> {
         let started = Instant::now();
         for _ in 0..n {
-            let hidden = subject.decoder.extend(&one, subject.net, states)?;
-            subject.decoder.logits(&hidden)?;
+            steps.step(&ids[..1])?;
         }
         device.synchronize()?;
         Ok(started.elapsed().as_secs_f64())
     };
-    run(&mut states, 2)?;
-    let n = 16;
-    let seconds = run(&mut states, n)?;
+    run(2)?;
+    let seconds = run(n)?;
     let a = model.architecture();
     let teacher: Box<dyn crate::mixers::Design> = Box::new(crate::mixers::softmax::Softmax);
     let element = subject.decoder.dtype.size_in_bytes();

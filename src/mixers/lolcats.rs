@@ -5,7 +5,8 @@
 //! [`crate::ops::hybrid_attn`].
 //!
 //! State: `k`, `v` [B, n, Hkv, D] the keys the next token's window may need, rotated; `s` [B, H, F, D] and `z` [B, H, F]
-//! the sums of φk v and φk over all keys before them, in f32.
+//! the sums of φk v and φk over all keys before them, in f32. While decoding on a GPU, the same in fixed memory, the keys as
+//! a ring ([`crate::ops::decode::Lolcats`]).
 
 use candle_core::{D, DType, Result, Tensor};
 use schemars::JsonSchema;
@@ -383,6 +384,56 @@ impl Mixer for Lolcats {
             self.piece(&piece, state)
         });
         Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 1)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(
+        &self,
+        state: &State,
+        batch: usize,
+        a: &Architecture,
+        _room: usize,
+        device: &candle_core::Device,
+    ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
+        use crate::ops::decode::{Activation, ring};
+        let (h, d, width) = (self.attn.heads, a.head_dim, self.config.width(a));
+        let halves = |x: Tensor, dtype: DType| -> Result<[Tensor; 2]> {
+            let part = |from| x.narrow(0, from, h)?.to_dtype(dtype)?.copy();
+            Ok([part(0)?, part(h)?])
+        };
+        let maps = match self.map_weights()? {
+            Some(weight) => Some(halves(weight, DType::BF16)?),
+            None => None,
+        };
+        let biases = match self.both("bias")? {
+            Some(bias) => Some(halves(bias.broadcast_as((2 * h, self.cols))?.contiguous()?, DType::F32)?),
+            None => None,
+        };
+        let sum = |name, shape: &[usize]| match state.tensors.get(name) {
+            Some(t) => t.contiguous()?.copy(),
+            None => Tensor::zeros(shape, DType::F32, device),
+        };
+        let row = [batch, self.attn.kv_heads, d];
+        let slots = self.attn.window.capacity();
+        Ok(Box::new(crate::ops::decode::Lolcats {
+            maps,
+            biases,
+            factors: self.factors(&Tensor::zeros(1, DType::F32, device)?)?,
+            ring_k: ring(state.tensors.get("k"), state.seen, slots, &row)?,
+            ring_v: ring(state.tensors.get("v"), state.seen, slots, &row)?,
+            s: sum("s", &[batch, h, width, d])?,
+            z: sum("z", &[batch, h, width])?,
+            cols: self.cols,
+            window: self.config.window,
+            terraced: matches!(self.attn.window, Window::Terraced(_)),
+            affine: self.attn.affine,
+            activation: match self.config.feature_map {
+                FeatureMap::SoftmaxDim => Activation::SoftmaxDim,
+                FeatureMap::ExpDim => Activation::ExpDim,
+                FeatureMap::Relu => Activation::Relu,
+                FeatureMap::Elu => Activation::Elu,
+            },
+        }))
     }
 
     fn params(&self) -> &[Param] {

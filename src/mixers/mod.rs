@@ -68,6 +68,19 @@ pub trait Mixer: Send + Sync {
     fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor>;
     /// What it adds, by export name.
     fn params(&self) -> &[Param];
+    /// The state in fixed memory with a one-token step on a GPU, for `batch` sequences of at most `room` tokens; an error
+    /// says what stands against it.
+    #[cfg(feature = "cuda")]
+    fn fixed(
+        &self,
+        _state: &State,
+        _batch: usize,
+        _architecture: &Architecture,
+        _room: usize,
+        _device: &candle_core::Device,
+    ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
+        candle_core::bail!("a mixer has no one-token kernel")
+    }
     /// Most keys its softmax window holds; 0 where there is none.
     fn window(&self) -> usize {
         0

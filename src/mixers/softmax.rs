@@ -1,7 +1,7 @@
 //! The teacher's attention, and that of layers that are kept.
 //!
 //! State: `k` and `v` [B, capacity, Hkv, D], grown by doubling and rotated at their own positions; with a sliding window
-//! the last `window` keys only.
+//! the last `window` keys only. While decoding on a GPU, a ring of fixed size ([`crate::ops::decode::Cached`]).
 
 use candle_core::{Result, Tensor};
 
@@ -64,6 +64,30 @@ impl Mixer for SoftmaxAttn {
             self.piece(&piece, state)
         });
         Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 1)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(
+        &self,
+        state: &State,
+        batch: usize,
+        a: &Architecture,
+        room: usize,
+        device: &candle_core::Device,
+    ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
+        use crate::ops::decode::{Cached, ring};
+        let slots = self.window.map_or(room, |w| w.min(room)).max(1);
+        let row = [batch, self.kv_heads, a.head_dim];
+        let cache = |name| {
+            let held = state.tensors.get(name).map(|t| match self.window {
+                Some(_) => Ok(t.clone()),
+                None => t.narrow(1, 0, state.seen),
+            });
+            ring(held.transpose()?.as_ref(), state.seen, slots, &row)
+        };
+        let splits = Cached::splits(batch, self.kv_heads, slots);
+        let partial = Tensor::zeros((batch, self.heads, splits, a.head_dim + 2), candle_core::DType::F32, device)?;
+        Ok(Box::new(Cached { k: cache("k")?, v: cache("v")?, partial }))
     }
 
     fn params(&self) -> &[Param] {

@@ -17,12 +17,12 @@ pub struct Block {
     kv_heads: usize,
     head_dim: usize,
     norm_eps: f64,
-    input_norm: Tensor,
-    post_norm: Tensor,
-    qkv: Stack,
-    o: Stack,
-    gate_up: Stack,
-    down: Stack,
+    pub(super) input_norm: Tensor,
+    pub(super) post_norm: Tensor,
+    pub(super) qkv: Stack,
+    pub(super) o: Stack,
+    pub(super) gate_up: Stack,
+    pub(super) down: Stack,
 }
 
 impl Block {

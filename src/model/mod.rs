@@ -5,6 +5,9 @@
 //! same weights.
 
 mod block;
+#[cfg(feature = "cuda")]
+mod graph;
+mod steps;
 
 use std::sync::Mutex;
 
@@ -20,6 +23,7 @@ use crate::params::{Adapters, Param};
 use crate::progress::Progress;
 
 pub use block::Block;
+pub use steps::Steps;
 
 /// Frozen weights of a model.
 pub struct Decoder {

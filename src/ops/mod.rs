@@ -15,6 +15,8 @@ pub(crate) mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod decode;
 pub mod delta_rule;
 pub mod feature_map;
 pub mod gated_linear_attn;
