@@ -70,8 +70,8 @@ struct Product {
     float* stream;          // add: [batch, rows], y is added to it
     const bf16* next;       // add: weight of the norm that follows, [rows]
     bf16* scaled;           // add: the new stream times `next`, [batch, rows]; swiglu: [batch, rows / 2]
-    float* squares_out;     // add: [batch, blocks]
-    float* best;            // logits: the largest of every block, [batch, blocks]
+    float* squares_out;     // add: [batch, parts of the blocks]
+    float* best;            // logits: the largest of every part, [batch, parts of the blocks]
     uint32_t* best_at;      // logits: its column
     int rows, inner, batch, parts;
     float eps;
@@ -81,26 +81,30 @@ enum Mode { PLAIN = 0, ADD = 1, SWIGLU = 2, LOGITS = 3 };
 
 namespace {
 
-__device__ __forceinline__ uint4 load_weight(const bf16* at) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at));
-    return v;
+// 16 bytes of a weight to shared memory; its neighbours up to 256 bytes come to L2 with it.
+__device__ __forceinline__ void copy_weight(uint4* to, const bf16* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0));
 }
+
+constexpr int PRODUCT = 256;  // threads of a product's block
+constexpr int DEPTH = 24;     // 16-byte pieces that a thread has room for
 
 // A block makes 16 RT rows of W times 8 MT sequences; its warps share out the inner axis, 32 U columns at a time.
 //
-// W is the A operand of mma.sync, straight from global memory: the inner axis of a sum may be permuted, so lane (g, t)
-// reads 16 bytes, columns 8 t .. 8 t + 7 of row g, and calls them the columns 2t, 2t+1, 2t+8, 2t+9 of two products. x is
-// read the same way as B. Two register buffers hold W: one being multiplied, one under way.
-template <int MODE, int MT, int RT, int U, int WARPS>
-__global__ void __launch_bounds__(WARPS* WARP, 16 / WARPS) product(const Product p) {
-    __shared__ float sums[WARPS][16 * RT * 8 * MT];
+// W is the A operand of mma.sync. The inner axis of a sum may be permuted, so lane (g, t) takes 16 bytes, columns
+// 8 t .. 8 t + 7 of row g, and calls them the columns 2t, 2t+1, 2t+8, 2t+9 of two products; x is read the same way as B.
+// Every thread copies through shared memory only what it multiplies itself: a queue that needs no barrier and holds more
+// bytes under way than registers could.
+template <int MODE, int MT, int RT, int U>
+__global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
+    constexpr int WARPS = PRODUCT / WARP, PIECES = 2 * RT * U, STAGES = DEPTH / PIECES, TALL = 16 * RT;
+    static_assert(WARPS * TALL * 8 * MT * sizeof(float) <= DEPTH * PRODUCT * sizeof(uint4), "sums lie over the queue");
+    extern __shared__ __align__(16) uint4 queue[];  // [STAGES][PIECES][PRODUCT]
     __shared__ float scales[8 * MT];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int half = p.rows / 2;
-    const int first = blockIdx.x * (MODE == SWIGLU ? 16 : 16 * RT);
+    const int first = blockIdx.x * (MODE == SWIGLU ? TALL / 2 : TALL);
     const int limit = MODE == SWIGLU ? half : p.rows;  // rows a tile may reach
 
     const bf16* row[RT][2];
@@ -108,31 +112,46 @@ __global__ void __launch_bounds__(WARPS* WARP, 16 / WARPS) product(const Product
     for (int r = 0; r < RT; r++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int in_tile = (MODE == SWIGLU ? 0 : 16 * r) + g + 8 * h;
-            const int at = min(first + in_tile, limit - 1) + (MODE == SWIGLU ? r * half : 0);
+            const bool up = MODE == SWIGLU && r >= RT / 2;  // the second half of the tiles are rows of `up`
+            const int at = min(first + 16 * (up ? r - RT / 2 : r) + g + 8 * h, limit - 1) + (up ? half : 0);
             row[r][h] = p.w + (size_t)at * p.inner + 8 * t;
         }
     }
     constexpr int SPAN = 32 * U;
     const int stages = (p.inner + SPAN * WARPS - 1) / (SPAN * WARPS);
-    const uint4 none = make_uint4(0, 0, 0, 0);
+    auto fetch = [&](int stage) {
+        if (stage < stages) {
+            uint4* to = queue + stage % STAGES * PIECES * PRODUCT + threadIdx.x;
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                const int k = (stage * WARPS + warp) * SPAN + 32 * u;
+                const bool valid = k + 8 * t < p.inner;
+#pragma unroll
+                for (int i = 0; i < 2 * RT; i++)
+                    copy_weight(to + (u * 2 * RT + i) * PRODUCT, valid ? row[i / 2][i % 2] + k : p.w, valid);
+            }
+        }
+        copy_commit();
+    };
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+    wait_for_previous();
 
-    uint4 w[2][U][RT][2];
-    auto fetch = [&](uint4 (&to)[U][RT][2], int stage) {
-        const int from = (stage * WARPS + warp) * SPAN;
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    uint4 x[2][U][MT];
+    auto read = [&](uint4 (&to)[U][MT], int stage) {
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            const int k = from + 32 * u;
+            const int k = (stage * WARPS + warp) * SPAN + 32 * u + 8 * t;
 #pragma unroll
-            for (int r = 0; r < RT; r++) {
-#pragma unroll
-                for (int h = 0; h < 2; h++) to[u][r][h] = k + 8 * t < p.inner ? load_weight(row[r][h] + k) : none;
+            for (int m = 0; m < MT; m++) {
+                const int b = 8 * m + g;
+                const bool valid = b < p.batch && k < p.inner && stage < stages;
+                to[u][m] = valid ? *reinterpret_cast<const uint4*>(p.x + (size_t)b * p.inner + k) : none;
             }
         }
     };
-    fetch(w[0], 0);
-    if (stages > 1) fetch(w[1], 1);
-    wait_for_previous();
+    read(x[0], 0);
 
     // Scales of the rows of x: every warp takes some.
     if (p.squares != nullptr) {
@@ -147,50 +166,39 @@ __global__ void __launch_bounds__(WARPS* WARP, 16 / WARPS) product(const Product
     }
 
     float c[RT][MT][4] = {};
-    auto multiply = [&](uint4 (&a)[U][RT][2], int stage) {
-        const int from = (stage * WARPS + warp) * SPAN;
-        uint4 x[U][MT];
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            const int k = from + 32 * u + 8 * t;
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-                const int b = 8 * m + g;
-                x[u][m] = b < p.batch && k < p.inner
-                              ? *reinterpret_cast<const uint4*>(p.x + (size_t)b * p.inner + k)
-                              : none;
-            }
-        }
+    auto multiply = [&](uint4 (&b)[U][MT], uint4 (&next)[U][MT], int stage) {
+        read(next, stage + 1);
+        copy_wait<STAGES - 2>();
+        const uint4* from = queue + stage % STAGES * PIECES * PRODUCT + threadIdx.x;
 #pragma unroll
         for (int u = 0; u < U; u++) {
 #pragma unroll
             for (int r = 0; r < RT; r++) {
-                const uint4 lo = a[u][r][0], hi = a[u][r][1];
+                const uint4 lo = from[(u * 2 * RT + 2 * r) * PRODUCT], hi = from[(u * 2 * RT + 2 * r + 1) * PRODUCT];
                 const uint32_t first_half[4] = {lo.x, hi.x, lo.y, hi.y}, second_half[4] = {lo.z, hi.z, lo.w, hi.w};
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
-                    mma(c[r][m], first_half, x[u][m].x, x[u][m].y);
-                    mma(c[r][m], second_half, x[u][m].z, x[u][m].w);
+                    mma(c[r][m], first_half, b[u][m].x, b[u][m].y);
+                    mma(c[r][m], second_half, b[u][m].z, b[u][m].w);
                 }
             }
         }
+        fetch(stage + STAGES - 1);
     };
     for (int stage = 0; stage < stages; stage += 2) {
-        multiply(w[0], stage);
-        if (stage + 2 < stages) fetch(w[0], stage + 2);
-        if (stage + 1 < stages) {
-            multiply(w[1], stage + 1);
-            if (stage + 3 < stages) fetch(w[1], stage + 3);
-        }
+        multiply(x[0], x[1], stage);
+        if (stage + 1 < stages) multiply(x[1], x[0], stage + 1);
     }
+    copy_wait<0>();
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(queue);  // [WARPS][8 MT][TALL]
 
     // [sequence][row] of each warp, then the warps' sum in order.
-    constexpr int TALL = 16 * RT;
 #pragma unroll
     for (int r = 0; r < RT; r++) {
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            float* at = sums[warp] + (8 * m + 2 * t) * TALL + 16 * r + g;
+            float* at = sums + warp * TALL * 8 * MT + (8 * m + 2 * t) * TALL + 16 * r + g;
             at[0] = c[r][m][0], at[TALL] = c[r][m][1], at[8] = c[r][m][2], at[TALL + 8] = c[r][m][3];
         }
     }
@@ -198,21 +206,26 @@ __global__ void __launch_bounds__(WARPS* WARP, 16 / WARPS) product(const Product
     auto total = [&](int b, int at) {
         float y = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; i++) y += sums[i][b * TALL + at];
+        for (int i = 0; i < WARPS; i++) y += sums[(i * 8 * MT + b) * TALL + at];
         return y * scales[b];
     };
     auto bias = [&](int n) { return p.bias == nullptr ? 0.0f : to_float(p.bias[n]); };
 
     if constexpr (MODE == SWIGLU) {
-        for (int i = threadIdx.x; i < 16 * p.batch; i += WARPS * WARP) {
-            const int b = i / 16, n = first + i % 16;
+        constexpr int HALF = TALL / 2;
+        for (int i = threadIdx.x; i < HALF * p.batch; i += PRODUCT) {
+            const int b = i / HALF, n = first + i % HALF;
             if (n >= half) continue;
-            const float gate = total(b, i % 16) + bias(n), up = total(b, 16 + i % 16) + bias(half + n);
+            const float gate = total(b, i % HALF) + bias(n), up = total(b, HALF + i % HALF) + bias(half + n);
             p.scaled[(size_t)b * half + n] = __float2bfloat16_rn(gate * sigmoid(gate) * up);
         }
     } else {
-        // TALL lanes share a sequence, so whole groups of lanes reach the shuffles.
-        for (int i = threadIdx.x; i < TALL * 8 * MT; i += WARPS * WARP) {
+        // `SHARE` lanes hold rows of one sequence, so whole groups of them reach the shuffles.
+        constexpr int SHARE = TALL < WARP ? TALL : WARP, SHARES = TALL / SHARE;
+        auto part = [&](int b, int i) {
+            return ((size_t)b * gridDim.x + blockIdx.x) * SHARES + i % TALL / SHARE;
+        };
+        for (int i = threadIdx.x; i < TALL * 8 * MT; i += PRODUCT) {
             const int b = i / TALL, n = first + i % TALL;
             const bool live = b < p.batch && n < p.rows;
             float y = live ? total(b, i % TALL) + bias(n) : 0.0f;
@@ -225,37 +238,34 @@ __global__ void __launch_bounds__(WARPS* WARP, 16 / WARPS) product(const Product
                     p.stream[at] = y;
                     p.scaled[at] = __float2bfloat16_rn(y * to_float(p.next[n]));
                 }
-                const float square = warp_sum<TALL>(y * y);
-                if (b < p.batch && i % TALL == 0) p.squares_out[(size_t)b * gridDim.x + blockIdx.x] = square;
+                const float square = warp_sum<SHARE>(y * y);
+                if (b < p.batch && i % SHARE == 0) p.squares_out[part(b, i)] = square;
             } else {
                 if (live) p.out[at] = y;
                 float best = live ? y : -INFINITY;
                 int where = n;
 #pragma unroll
-                for (int step = TALL / 2; step > 0; step /= 2) {
+                for (int step = SHARE / 2; step > 0; step /= 2) {
                     const float other = __shfl_xor_sync(0xffffffffu, best, step);
                     const int there = __shfl_xor_sync(0xffffffffu, where, step);
                     if (other > best || (other == best && there < where)) best = other, where = there;
                 }
-                if (b < p.batch && i % TALL == 0) {
-                    p.best[(size_t)b * gridDim.x + blockIdx.x] = best;
-                    p.best_at[(size_t)b * gridDim.x + blockIdx.x] = where;
+                if (b < p.batch && i % SHARE == 0) {
+                    p.best[part(b, i)] = best;
+                    p.best_at[part(b, i)] = where;
                 }
             }
         }
     }
 }
 
-template <int MODE, int MT, int RT, int WARPS>
-int launch_product(const Product& p, bool overlap, cudaStream_t stream) {
-    const int tall = MODE == SWIGLU ? 16 : 16 * RT, rows = MODE == SWIGLU ? p.rows / 2 : p.rows;
-    auto* kernel = product<MODE, MT, RT, 4 / RT, WARPS>;
-    return start(kernel, dim3((rows + tall - 1) / tall), WARPS * WARP, 0, overlap, stream, p);
-}
-
-template <int MODE, int RT, int WARPS> int by_batch(const Product& p, bool overlap, cudaStream_t stream) {
-    if (p.batch <= 8) return launch_product<MODE, 1, RT, WARPS>(p, overlap, stream);
-    return launch_product<MODE, 2, RT, WARPS>(p, overlap, stream);
+template <int MODE, int RT> int launch_product(const Product& p, bool overlap, cudaStream_t stream) {
+    constexpr int U = RT == 1 ? 2 : 1, TALL = MODE == SWIGLU ? 8 * RT : 16 * RT;
+    const int rows = MODE == SWIGLU ? p.rows / 2 : p.rows;
+    const dim3 grid((rows + TALL - 1) / TALL);
+    const size_t shared = DEPTH * PRODUCT * sizeof(uint4);
+    if (p.batch <= 8) return start(product<MODE, 1, RT, U>, grid, PRODUCT, shared, overlap, stream, p);
+    return start(product<MODE, 2, RT, U>, grid, PRODUCT, shared, overlap, stream, p);
 }
 
 }  // namespace
@@ -851,20 +861,23 @@ template <int Q> int launch_cached(const Cached& p, bool overlap, cudaStream_t s
 }  // namespace
 }  // namespace margay
 
-// mode: 0 plain, 1 add, 2 swiglu, 3 logits. tall: 1 or 2 row tiles per block (swiglu has 2 always).
+// mode: 0 plain, 1 add, 2 swiglu, 3 logits. tall: row tiles per block, 1, 2 or 4 (swiglu 2 or 4). Partial results (sums of
+// squares, maxima) are one per block, two where tall is 4.
 extern "C" int margay_decode_product(const margay::Product* p, int mode, int tall, int overlap, void* stream) {
     using namespace margay;
-    if (p->batch < 1 || p->batch > 16 || p->inner % 8 != 0 || p->rows < 1) return cudaErrorInvalidValue;
+    if (p->batch < 1 || p->batch > 16 || p->inner % 8 != 0 || p->rows < 1 || (mode == SWIGLU && p->rows % 2 != 0))
+        return cudaErrorInvalidValue;
     const cudaStream_t s = static_cast<cudaStream_t>(stream);
-    switch (mode * 2 + (tall > 1)) {
-        case 0: return by_batch<PLAIN, 1, 8>(*p, overlap, s);
-        case 1: return by_batch<PLAIN, 2, 8>(*p, overlap, s);
-        case 2: return by_batch<ADD, 1, 8>(*p, overlap, s);
-        case 3: return by_batch<ADD, 2, 8>(*p, overlap, s);
-        case 4:
-        case 5: return p->rows % 2 == 0 ? by_batch<SWIGLU, 2, 8>(*p, overlap, s) : (int)cudaErrorInvalidValue;
-        case 6: return by_batch<LOGITS, 1, 8>(*p, overlap, s);
-        case 7: return by_batch<LOGITS, 2, 8>(*p, overlap, s);
+    switch (mode * 8 + tall) {
+        case 1: return launch_product<PLAIN, 1>(*p, overlap, s);
+        case 2: return launch_product<PLAIN, 2>(*p, overlap, s);
+        case 9: return launch_product<ADD, 1>(*p, overlap, s);
+        case 10: return launch_product<ADD, 2>(*p, overlap, s);
+        case 18: return launch_product<SWIGLU, 2>(*p, overlap, s);
+        case 20: return launch_product<SWIGLU, 4>(*p, overlap, s);
+        case 25: return launch_product<LOGITS, 1>(*p, overlap, s);
+        case 26: return launch_product<LOGITS, 2>(*p, overlap, s);
+        case 28: return launch_product<LOGITS, 4>(*p, overlap, s);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -395,7 +395,7 @@ impl Mixer for Lolcats {
         _room: usize,
         device: &candle_core::Device,
     ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
-        use crate::ops::decode::{Activation, ring};
+        use crate::ops::decode::{Activation, Lolcats as Fixed, ring};
         let (h, d, width) = (self.attn.heads, a.head_dim, self.config.width(a));
         let halves = |x: Tensor, dtype: DType| -> Result<[Tensor; 2]> {
             let part = |from| x.narrow(0, from, h)?.to_dtype(dtype)?.copy();
@@ -415,24 +415,27 @@ impl Mixer for Lolcats {
         };
         let row = [batch, self.attn.kv_heads, d];
         let slots = self.attn.window.capacity();
-        Ok(Box::new(crate::ops::decode::Lolcats {
+        let activation = match self.config.feature_map {
+            FeatureMap::SoftmaxDim => Activation::SoftmaxDim,
+            FeatureMap::ExpDim => Activation::ExpDim,
+            FeatureMap::Relu => Activation::Relu,
+            FeatureMap::Elu => Activation::Elu,
+        };
+        let split = Fixed::split(batch, h, d, self.cols, activation, slots);
+        let z = sum("z", &[batch, h, width])?.unsqueeze(2)?.broadcast_as((batch, h, split, width))?.contiguous()?;
+        Ok(Box::new(Fixed {
             maps,
             biases,
             factors: self.factors(&Tensor::zeros(1, DType::F32, device)?)?,
             ring_k: ring(state.tensors.get("k"), state.seen, slots, &row)?,
             ring_v: ring(state.tensors.get("v"), state.seen, slots, &row)?,
             s: sum("s", &[batch, h, width, d])?,
-            z: sum("z", &[batch, h, width])?,
+            z,
             cols: self.cols,
             window: self.config.window,
             terraced: matches!(self.attn.window, Window::Terraced(_)),
             affine: self.attn.affine,
-            activation: match self.config.feature_map {
-                FeatureMap::SoftmaxDim => Activation::SoftmaxDim,
-                FeatureMap::ExpDim => Activation::ExpDim,
-                FeatureMap::Relu => Activation::Relu,
-                FeatureMap::Elu => Activation::Elu,
-            },
+            activation,
         }))
     }
 

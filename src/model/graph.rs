@@ -8,7 +8,7 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use super::{Decoder, Net};
 use crate::mixers::State;
 use crate::ops::cuda::{device_of, pointer};
-use crate::ops::decode::{self, Embed, Fixed, MOST, Mode, Product, Token, blocks, writable};
+use crate::ops::decode::{self, Embed, Fixed, MOST, Mode, Product, Token, parts, writable};
 
 /// Fixed memory of a step, the state of every layer, and the captured launches.
 pub struct Graph<'a> {
@@ -92,8 +92,8 @@ impl<'a> Graph<'a> {
         let at = &decoder.device;
         let f32s = |n: usize| Tensor::zeros((batch, n), DType::F32, at);
         let bf16s = |n: usize| Tensor::zeros((batch, n), DType::BF16, at);
-        let parts = blocks(Mode::Add, a.hidden, batch).max(decode::embed_parts(a.hidden));
-        let best = blocks(Mode::Logits, a.vocab, batch);
+        let squares = parts(Mode::Add, a.hidden).max(decode::embed_parts(a.hidden));
+        let best = parts(Mode::Logits, a.vocab);
         let buffers = Buffers {
             tokens: Tensor::zeros(batch, DType::U32, at)?,
             position: Tensor::new(&[seen as u32], at)?,
@@ -101,7 +101,7 @@ impl<'a> Graph<'a> {
             table: Tensor::zeros((2, a.head_dim / 2), DType::F32, at)?,
             stream: f32s(a.hidden)?,
             scaled: bf16s(a.hidden)?,
-            squares: f32s(parts)?,
+            squares: f32s(squares)?,
             qkv: f32s((a.heads + 2 * a.kv_heads) * a.head_dim)?,
             y: bf16s(a.heads * a.head_dim)?,
             inner: bf16s(a.intermediate)?,
@@ -125,8 +125,8 @@ impl<'a> Graph<'a> {
         let next = |n: usize| pointer(norms.get(n).copied().unwrap_or(&self.decoder.final_norm));
         let base = Product { batch: rows(self.batch), eps: a.norm_eps as f32, ..Product::default() };
         // Of rows that the norm's scale belongs to.
-        let scaled = |parts: usize| -> Result<Product> {
-            Ok(Product { x: pointer(&b.scaled)?, squares: pointer(&b.squares)?, parts: rows(parts), ..base })
+        let scaled = |count: usize| -> Result<Product> {
+            Ok(Product { x: pointer(&b.scaled)?, squares: pointer(&b.squares)?, parts: rows(count), ..base })
         };
         // Onto the stream, before norm `norm`.
         let add = |x: &Tensor, norm: usize| -> Result<Product> {
@@ -177,15 +177,15 @@ impl<'a> Graph<'a> {
             dim: a.head_dim,
             overlap,
         };
-        let added = blocks(Mode::Add, a.hidden, self.batch);
-        let mut parts = decode::embed_parts(a.hidden);
+        let added = parts(Mode::Add, a.hidden);
+        let mut before = decode::embed_parts(a.hidden);
         for (l, (block, layer)) in self.decoder.blocks.iter().zip(&self.layers).enumerate() {
-            run(&block.qkv, Product { out: writable(&b.qkv)?, ..scaled(parts)? }, Mode::Plain)?;
+            run(&block.qkv, Product { out: writable(&b.qkv)?, ..scaled(before)? }, Mode::Plain)?;
             layer.step(&token)?;
             run(&block.o, add(&b.y, 2 * l + 1)?, Mode::Add)?;
             run(&block.gate_up, Product { scaled: writable(&b.inner)?, ..scaled(added)? }, Mode::Swiglu)?;
             run(&block.down, add(&b.inner, 2 * l + 2)?, Mode::Add)?;
-            parts = added;
+            before = added;
         }
         let head = Product {
             w: pointer(&self.decoder.head)?,
@@ -194,12 +194,12 @@ impl<'a> Graph<'a> {
             best_at: writable(&b.best_at)?,
             rows: rows(a.vocab),
             inner: rows(a.hidden),
-            ..scaled(parts)?
+            ..scaled(before)?
         };
         let choice = [writable(&b.tokens)?, writable(&b.position)?, writable(&b.best)?, writable(&b.best_at)?];
         // SAFETY (both): as above.
         unsafe { decode::product(device, &head, Mode::Logits, overlap)? };
-        unsafe { decode::choose(device, choice, blocks(Mode::Logits, a.vocab, self.batch), self.batch, overlap) }
+        unsafe { decode::choose(device, choice, parts(Mode::Logits, a.vocab), self.batch, overlap) }
     }
 
     /// Records the launches of a step without running them.

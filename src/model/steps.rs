@@ -89,3 +89,74 @@ impl<'a> Steps<'a> {
         false
     }
 }
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+    use crate::convert::swap::swap;
+    use crate::mixers::REGISTRY;
+    use crate::progress::Silent;
+    use candle_core::{DType, Device};
+
+    const PROMPT: usize = 21;
+
+    /// Logits [steps, B, V] of fixed tokens behind a prompt, and whether fixed memory was used.
+    fn run(decoder: &Decoder, net: &Net, batch: usize, count: usize, fixed: bool) -> (Tensor, bool) {
+        let vocab = decoder.architecture.vocab as u32;
+        let ids = |t: usize| (0..batch).map(move |b| (t * 7919 + b * 104_729) as u32 % vocab).collect::<Vec<_>>();
+        let prompt: Vec<u32> = (0..batch).flat_map(|b| (0..PROMPT).map(move |t| ids(t)[b])).collect();
+        let prompt = Tensor::from_vec(prompt, (batch, PROMPT), &decoder.device).unwrap();
+        let mut states = net.states();
+        decoder.extend(&prompt, net, &mut states).unwrap();
+        let mut steps = Steps::new(decoder, net, states, if fixed { batch } else { usize::MAX }, count);
+        let mut all = Vec::new();
+        for t in 0..count {
+            steps.step(&ids(PROMPT + t)).unwrap();
+            let logits = steps.logits().unwrap().copy().unwrap();
+            let best = logits.argmax(1).unwrap().to_vec1::<u32>().unwrap();
+            assert_eq!(steps.greedy().unwrap(), best);
+            all.push(logits);
+        }
+        (Tensor::stack(&all, 0).unwrap(), steps.is_fixed())
+    }
+
+    fn error(x: &Tensor, truth: &Tensor) -> f64 {
+        let norm = |x: Tensor| {
+            x.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
+        };
+        norm((x - truth).unwrap()) / norm(truth.clone())
+    }
+
+    /// Every mixer that has a step, beside layers of softmax: no worse than the plain step, and the same bits twice.
+    #[test]
+    fn captured_steps_equal_plain_ones() {
+        let Ok(device) = crate::ops::cuda::open(0) else { return eprintln!("no GPU, nothing checked") };
+        let a = crate::bench::shapes::architecture("hidden-512").unwrap();
+        let weights = |dtype: DType| {
+            let Device::Cuda(_) = &device else { unreachable!() };
+            device.set_seed(5).unwrap();
+            Decoder::random(&a, dtype, &device, &Silent).unwrap()
+        };
+        let (exact, low) = (weights(DType::F32), weights(DType::BF16));
+        let mut served = 0;
+        for design in REGISTRY.iter().flat_map(|row| (row.variants)()) {
+            let net = swap(&a, design.as_ref(), &[0, 2], 3, &device).unwrap();
+            for batch in [1, 3] {
+                let (truth, _) = run(&exact, &net, batch, 60, false);
+                let (plain, _) = run(&low, &net, batch, 60, false);
+                let (fixed, used) = run(&low, &net, batch, 60, true);
+                if !used {
+                    continue;
+                }
+                served += 1;
+                let (e, limit) = (error(&fixed, &truth), 2.0 * error(&plain, &truth));
+                eprintln!("{} batch {batch}: {e:.2e}, plain {:.2e}", design.name(), limit / 2.0);
+                assert!(e <= limit && e < 0.2, "{}: {e:.2e} over {limit:.2e}", design.name());
+                let again = run(&low, &net, batch, 60, true).0;
+                let bits = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert!(bits(&fixed) == bits(&again), "{} differs from run to run", design.name());
+            }
+        }
+        assert!(served > 0);
+    }
+}

@@ -114,6 +114,7 @@ struct RawLolcats {
     dim: c_int,
     cols: c_int,
     width: c_int,
+    split: c_int,
     window: c_int,
     terraced: c_int,
     affine: c_int,
@@ -151,6 +152,14 @@ unsafe extern "C" {
         batch: c_int,
         overlap: c_int,
         stream: *mut c_void,
+    ) -> c_int;
+    fn margay_decode_lolcats_split(
+        batch: c_int,
+        heads: c_int,
+        dim: c_int,
+        cols: c_int,
+        activation: c_int,
+        slots: c_int,
     ) -> c_int;
     fn margay_decode_lolcats(p: *const RawLolcats, overlap: c_int, stream: *mut c_void) -> c_int;
     fn margay_decode_cached(p: *const RawCached, overlap: c_int, stream: *mut c_void) -> c_int;
@@ -192,14 +201,17 @@ pub fn overlaps(device: &CudaDevice) -> bool {
     capability(device).is_ok_and(|c| c >= (9, 0))
 }
 
-/// Rows of W per block, in tiles of 16: more where the rows of x would cost as much traffic as those of W.
-pub fn tall(mode: Mode, batch: usize) -> usize {
-    if mode == Mode::Swiglu || mode == Mode::Logits || batch > 8 { 2 } else { 1 }
+/// Rows of W per block, in tiles of 16, by what measured fastest: more reads x less often, fewer fills the chip better.
+fn tall(mode: Mode) -> usize {
+    match mode {
+        Mode::Plain | Mode::Swiglu | Mode::Logits => 2,
+        Mode::Add => 1,
+    }
 }
 
-/// Blocks of a product of `rows` rows of W.
-pub fn blocks(mode: Mode, rows: usize, batch: usize) -> usize {
-    rows.div_ceil(16 * tall(mode, batch))
+/// Partial results per sequence, sums of squares or maxima, of a product of `rows` rows of W.
+pub fn parts(mode: Mode, rows: usize) -> usize {
+    rows.div_ceil(16 * tall(mode)) * tall(mode).div_ceil(2)
 }
 
 /// Partial sums of squares per sequence that [`embed`] leaves.
@@ -211,7 +223,7 @@ pub fn embed_parts(hidden: usize) -> usize {
 /// # Safety
 /// Every pointer that `mode` uses holds what the kernel file says, on `device`.
 pub unsafe fn product(device: &CudaDevice, p: &Product, mode: Mode, overlap: bool) -> Result<()> {
-    let tall = tall(mode, p.batch as usize) as c_int;
+    let tall = tall(mode) as c_int;
     // SAFETY: the caller's.
     launch(device, "decode_product", |s| unsafe { margay_decode_product(p, mode as c_int, tall, overlap as c_int, s) })
 }
@@ -254,7 +266,8 @@ pub enum Activation {
 /// LoLCATs of one layer: maps and state.
 ///
 /// State: `ring_k`, `ring_v` [B, slots, Hkv, D] the keys that the window may hold, rotated, position i in slot i % slots;
-/// `s` [B, H, F, D] and `z` [B, H, F] in f32, the sums of φk v and φk over the keys that left it.
+/// `s` [B, H, F, D] and `z` [B, H, split, F] in f32, the sums of φk v and φk over the keys that left it; every part of a
+/// head's blocks keeps its own copy of z.
 pub struct Lolcats {
     /// bf16 [H, D, C] of queries and keys; `None` for elu.
     pub maps: Option<[Tensor; 2]>,
@@ -271,6 +284,15 @@ pub struct Lolcats {
     pub terraced: bool,
     pub affine: bool,
     pub activation: Activation,
+}
+
+impl Lolcats {
+    /// Blocks that share the value columns of a head: more of them where there are few sequences.
+    pub fn split(batch: usize, heads: usize, dim: usize, cols: usize, activation: Activation, slots: usize) -> usize {
+        let [batch, heads, dim, cols, slots] = [batch, heads, dim, cols, slots].map(|n| n as c_int);
+        // SAFETY: arithmetic on the arguments.
+        unsafe { margay_decode_lolcats_split(batch, heads, dim, cols, activation as c_int, slots) as usize }
+    }
 }
 
 fn optional(pair: &Option<[Tensor; 2]>) -> Result<[*const c_void; 2]> {
@@ -302,7 +324,8 @@ impl Fixed for Lolcats {
             kv_heads: t.kv_heads as c_int,
             dim: t.dim as c_int,
             cols: self.cols as c_int,
-            width: self.z.dim(2)? as c_int,
+            width: self.z.dim(3)? as c_int,
+            split: self.z.dim(2)? as c_int,
             window: self.window as c_int,
             terraced: self.terraced as c_int,
             affine: self.affine as c_int,
