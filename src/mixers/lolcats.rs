@@ -19,6 +19,10 @@ use crate::ops::hybrid_attn::{HybridAttn, MIN_DENOMINATOR, Window, sigmoid};
 use crate::ops::softmax_attn::repeat_kv;
 use crate::params::{Init, Param};
 
+/// Keys folded at once behind a prompt.
+#[cfg(feature = "cuda")]
+const PREFILL: usize = 1024;
+
 pub const DEF: MixerDef =
     MixerDef { name: "lolcats", about: "learned feature maps beside a softmax window, one denominator", variants };
 
@@ -285,6 +289,43 @@ impl Lolcats {
         self.features(k, &sources)?.transpose(1, 2)?.contiguous()
     }
 
+    /// The state after the first `T` tokens from their features [B, T, 2 H, F].
+    #[cfg(feature = "cuda")]
+    fn begin(&self, qkv: &Tensor, features: &Tensor, state: &mut State) -> Result<()> {
+        let (b, time, _, d) = qkv.dims4()?;
+        let (h, g) = (self.attn.heads, self.attn.kv_heads);
+        let base = self.attn.window.start(time).min(time);
+        let wide = |x: Tensor| x.transpose(1, 2)?.to_dtype(DType::F32)?.contiguous();
+        let (mut s, mut z) = (None, None);
+        for from in (0..base).step_by(PREFILL) {
+            let n = PREFILL.min(base - from);
+            let phi = wide(features.narrow(1, from, n)?.narrow(2, h, h)?)?; // [B, H, n, F]
+            let v = wide(qkv.narrow(1, from, n)?.narrow(2, h + g, g)?)?; // [B, Hkv, n, D]
+            // The query heads of a group share its values: their features side by side are one product.
+            let f = phi.dim(3)?;
+            let phi_of_group = phi.reshape((b, g, h / g, n, f))?.transpose(2, 3)?.reshape((b, g, n, h / g * f))?;
+            let add = phi_of_group.t()?.contiguous()?.matmul(&v)?.reshape((b, h, f, d))?;
+            let count = phi.sum(2)?;
+            s = Some(match s {
+                Some(s) => (s + add)?,
+                None => add,
+            });
+            z = Some(match z {
+                Some(z) => (z + count)?,
+                None => count,
+            });
+        }
+        if let (Some(s), Some(z)) = (s, z) {
+            state.tensors.insert("s", s);
+            state.tensors.insert("z", z);
+        }
+        for (name, from) in [("k", h), ("v", h + g)] {
+            state.tensors.insert(name, qkv.narrow(2, from, g)?.narrow(1, base, time - base)?.contiguous()?);
+        }
+        state.seen = time;
+        Ok(())
+    }
+
     fn piece(&self, qkv: &Tensor, state: &mut State) -> Result<Tensor> {
         let (b, n, _, d) = qkv.dims4()?;
         let (h, g, window) = (self.attn.heads, self.attn.kv_heads, self.attn.window);
@@ -379,6 +420,14 @@ impl Mixer for Lolcats {
     fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor> {
         let qkv = x.rotated()?;
         let time = qkv.dim(1)?;
+        #[cfg(feature = "cuda")]
+        if state.seen == 0 {
+            let features = self.features(qkv, &self.sources)?.detach();
+            if let Some(y) = self.attn.on_gpu(qkv, &features, &self.factors(qkv)?)? {
+                self.begin(qkv, &features, state)?;
+                return Ok(y);
+            }
+        }
         let pieces = (0..time).step_by(PIECE).map(|from| {
             let piece = qkv.narrow(1, from, PIECE.min(time - from))?.contiguous()?;
             self.piece(&piece, state)

@@ -59,6 +59,18 @@ impl Mixer for SoftmaxAttn {
     fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor> {
         let qkv = x.rotated()?;
         let time = qkv.dim(1)?;
+        #[cfg(feature = "cuda")]
+        if state.seen == 0 && self.is_kernel(qkv) {
+            let y = SoftmaxAttn::forward(self, qkv)?;
+            let (h, g) = (self.heads, self.kv_heads);
+            let held = self.window.unwrap_or(time).min(time);
+            for (name, from) in [("k", h), ("v", h + g)] {
+                let kept = qkv.narrow(2, from, g)?.narrow(1, time - held, held)?;
+                state.tensors.insert(name, kept.contiguous()?);
+            }
+            state.seen = time;
+            return Ok(y);
+        }
         let pieces = (0..time).step_by(PIECE).map(|from| {
             let piece = qkv.narrow(1, from, PIECE.min(time - from))?;
             self.piece(&piece, state)
@@ -76,6 +88,9 @@ impl Mixer for SoftmaxAttn {
         device: &candle_core::Device,
     ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
         use crate::ops::decode::{Cached, ring};
+        if self.softcap.is_some() {
+            candle_core::bail!("one-token softmax has no soft-cap");
+        }
         let slots = self.window.map_or(room, |w| w.min(room)).max(1);
         let row = [batch, self.kv_heads, a.head_dim];
         let cache = |name| {

@@ -84,9 +84,10 @@ impl<'a> Steps<'a> {
     /// Whether steps run as kernels over fixed memory.
     pub fn is_fixed(&self) -> bool {
         #[cfg(feature = "cuda")]
-        return self.graph.is_some();
+        let fixed = self.graph.is_some();
         #[cfg(not(feature = "cuda"))]
-        false
+        let fixed = false;
+        fixed
     }
 }
 

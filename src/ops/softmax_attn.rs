@@ -177,6 +177,12 @@ mod gpu {
     }
 
     impl SoftmaxAttn {
+        /// Whether `forward` is a kernel for this tensor.
+        pub fn is_kernel(&self, qkv: &Tensor) -> bool {
+            let bf16 = qkv.dtype() == candle_core::DType::BF16;
+            bf16 && super::super::cuda::ready(qkv) && qkv.dim(3).is_ok_and(|d| self.has_kernel(d))
+        }
+
         /// Whether the kernels take heads of this size.
         pub(super) fn has_kernel(&self, dim: usize) -> bool {
             dim <= 256 && dim.is_multiple_of(8) && self.heads.is_multiple_of(self.kv_heads)

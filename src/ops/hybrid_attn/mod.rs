@@ -89,6 +89,12 @@ impl HybridAttn {
         qkv.contiguous()?.apply_op3(&features.contiguous()?, &factors.contiguous()?, op)
     }
 
+    /// `forward` where it is a kernel; None where it is not.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
+        cuda::forward(self, qkv, features, factors)
+    }
+
     /// `weight * mean((y - target)²)`, a scalar f32 with gradients to `features` and `factors`. Where nothing asks for
     /// those of `qkv` it is computed chunk by chunk with its gradients, and y is never stored.
     pub fn mse(
