@@ -3,6 +3,8 @@
 //! Work is split over threads by output (batch, head, row block) and every sum runs in a fixed order, so results do
 //! not depend on the number of threads.
 
+use std::cell::RefCell;
+
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 
 /// The elements of a contiguous f32 CPU storage.
@@ -38,9 +40,10 @@ pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 split in two so that n ln 2 is exact enough.
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to the nearest integer
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
     let x = x.clamp(-87.3, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_199_9e-3;
@@ -49,7 +52,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let y = p * r * r + r + 1.0;
-    f32::from_bits((y.to_bits() as i32 + ((n as i32) << 23)) as u32)
+    f32::from_bits(y.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
 /// 1 / (1 + e^-x).
@@ -58,10 +61,19 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// A sum in eight lanes, so that it becomes vector code and keeps a fixed order.
+/// Sums and extremes keep this many running values: they become vector code and have a fixed order.
+const LANES: usize = 16;
+
+/// Σ x_i.
 #[inline(always)]
 pub fn sum(x: &[f32]) -> f32 {
     dot_with(x, x, |a, _| a)
+}
+
+/// y += scale x.
+#[inline(always)]
+pub fn add(y: &mut [f32], scale: f32, x: &[f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += scale * x);
 }
 
 /// Σ x_i y_i.
@@ -70,9 +82,9 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
     dot_with(x, y, |a, b| a * b)
 }
 
+/// Σ f(x_i, y_i).
 #[inline(always)]
-fn dot_with(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    const LANES: usize = 16;
+pub fn dot_with(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
     let tail: f32 = xs.remainder().iter().zip(ys.remainder()).map(|(a, b)| f(*a, *b)).sum();
@@ -87,16 +99,27 @@ fn dot_with(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
 /// The largest element; -inf when empty.
 #[inline(always)]
 pub fn max(x: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [f32::NEG_INFINITY; LANES];
+    extreme(x, f32::NEG_INFINITY, |a, b| a > b)
+}
+
+/// The smallest element; inf when empty.
+#[inline(always)]
+pub fn min(x: &[f32]) -> f32 {
+    extreme(x, f32::INFINITY, |a, b| a < b)
+}
+
+#[inline(always)]
+fn extreme(x: &[f32], start: f32, beats: impl Fn(f32, f32) -> bool) -> f32 {
+    let best = |m: f32, v: f32| if beats(v, m) { v } else { m };
+    let mut lanes = [start; LANES];
     let chunks = x.chunks_exact(LANES);
-    let tail = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, v| if *v > m { *v } else { m });
+    let tail = chunks.remainder().iter().fold(start, |m, v| best(m, *v));
     for a in chunks {
         for i in 0..LANES {
-            lanes[i] = if a[i] > lanes[i] { a[i] } else { lanes[i] };
+            lanes[i] = best(lanes[i], a[i]);
         }
     }
-    lanes.iter().fold(tail, |m, v| if *v > m { *v } else { m })
+    lanes.iter().fold(tail, |m, v| best(m, *v))
 }
 
 /// A strided matrix inside a buffer: `rows` x `cols`, element (i, j) at `i * row + j * col`.
@@ -138,8 +161,41 @@ impl<'a> MatMut<'a> {
     }
 }
 
+/// The transpose of `a`, row after row.
+pub fn transpose(a: Mat, out: &mut Vec<f32>) {
+    const TILE: usize = 16;
+    out.resize(a.rows * a.cols, 0.0);
+    // SAFETY: the constructors bound every element of the view.
+    let read = |i: usize, j: usize| unsafe { *a.data.add(i * a.row + j * a.col) };
+    for i in (0..a.rows).step_by(TILE) {
+        for j in (0..a.cols).step_by(TILE) {
+            for j in j..a.cols.min(j + TILE) {
+                let column = &mut out[j * a.rows..(j + 1) * a.rows];
+                for (i, x) in column.iter_mut().enumerate().skip(i).take(TILE) {
+                    *x = read(i, j);
+                }
+            }
+        }
+    }
+}
+
+thread_local! {
+    static ROWS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// `out = out (where `keep`) + scale * a b`, on this thread.
 pub fn gemm(out: MatMut, keep: bool, scale: f32, a: Mat, b: Mat) {
+    if b.col == 1 {
+        return product(out, keep, scale, a, b);
+    }
+    // The product wants adjacent rows of b; its own way of getting them takes longer than multiplying.
+    ROWS.with_borrow_mut(|rows| {
+        transpose(b.t(), rows);
+        product(out, keep, scale, a, Mat::new(rows, 0, b.rows, b.cols, b.cols));
+    });
+}
+
+fn product(out: MatMut, keep: bool, scale: f32, a: Mat, b: Mat) {
     assert_eq!(a.cols, b.rows, "inner dimensions");
     assert_eq!((out.rows, out.cols), (a.rows, b.cols), "outer dimensions");
     if out.rows == 0 || out.cols == 0 {

@@ -108,11 +108,7 @@ impl Op {
         match self.map.activation {
             Activation::Relu => z.iter_mut().for_each(|z| *z = z.max(0.0)),
             Activation::SoftmaxDim | Activation::ExpDim => {
-                let top = cpu::max(z);
-                let mut low = f32::INFINITY;
-                for z in z.iter() {
-                    low = if *z < low { *z } else { low };
-                }
+                let (low, top) = (cpu::min(z), cpu::max(z));
                 for (z, o) in z.iter_mut().zip(other.iter_mut()) {
                     *o = cpu::exp(low - *z);
                     *z = cpu::exp(*z - top);
@@ -141,11 +137,7 @@ impl Op {
                 }
             }
             Activation::SoftmaxDim => {
-                let (mut a, mut b) = (0f32, 0f32);
-                for i in 0..cols {
-                    a += live(up[i], g_up[i]);
-                    b += live(down[i], g_down[i]);
-                }
+                let (a, b) = (cpu::dot_with(up, g_up, live), cpu::dot_with(down, g_down, live));
                 for i in 0..cols {
                     dz[i] = live(up[i], g_up[i]) - up[i] * a - live(down[i], g_down[i]) + down[i] * b;
                 }

@@ -1,7 +1,7 @@
 //! Losses whose gradient is computed with the value, in one pass.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu;
@@ -36,6 +36,10 @@ impl CustomOp1 for Known {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        // A loss is mostly differentiated itself; on the CPU looking whether it is costs less than a product with 1.
+        if grad.device().is_cpu() && grad.to_dtype(DType::F32)?.to_scalar::<f32>()? == 1.0 {
+            return Ok(Some(self.gradient.clone()));
+        }
         self.gradient.broadcast_mul(&grad.to_dtype(self.gradient.dtype())?).map(Some)
     }
 }

@@ -14,7 +14,7 @@
 use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
 
 use super::cpu;
-use super::hybrid_attn::{Core, HybridAttn, Window};
+use super::hybrid_attn::{Core, HybridAttn, Upstream, Window};
 
 /// The op's constants.
 #[derive(Debug, Clone, Copy)]
@@ -125,7 +125,7 @@ impl CustomOp1 for SoftmaxAttn {
         let grad = grad.contiguous()?;
         let grads = cpu::with(qkv, |x| {
             let core = self.core(qkv.shape(), x)?;
-            cpu::with(res, |y| cpu::with(&grad, |dy| Ok(core.backward(y, dy, true))))
+            cpu::with(res, |y| cpu::with(&grad, |dy| Ok(core.backward(Upstream::Graph { y, grad: dy }, true))))
         })?;
         grads.qkv.map(|g| Tensor::from_vec(g, qkv.shape(), qkv.device())).transpose()
     }

@@ -24,8 +24,9 @@ mod cuda;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
 use super::cpu::{elements, with};
+use super::loss::{mse, with_gradient};
 use super::softmax_attn::repeat_kv;
-pub(super) use cpu::Core;
+pub(super) use cpu::{Core, Upstream};
 
 /// Which keys lie in the softmax window of a row; all earlier ones belong to the linear part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,7 +112,36 @@ impl HybridAttn {
         {
             return Ok(loss);
         }
-        super::loss::mse(&self.forward(qkv, features, factors)?, target, weight)
+        if super::fast(qkv) && !qkv.track_op() {
+            return self.chunked_mse(&qkv.contiguous()?, features, factors, &target.contiguous()?, weight);
+        }
+        mse(&self.forward(qkv, features, factors)?, target, weight)
+    }
+
+    /// `mse` on the CPU.
+    fn chunked_mse(
+        &self,
+        qkv: &Tensor,
+        features: &Tensor,
+        factors: &Tensor,
+        target: &Tensor,
+        weight: f64,
+    ) -> Result<Tensor> {
+        let (phi, f) = (features.contiguous()?, factors.contiguous()?);
+        let count = target.elem_count() as f64;
+        let slope = (2.0 * weight / count) as f32;
+        let grads = with(qkv, |x| {
+            with(&phi, |phi_data| {
+                with(&f, |f| {
+                    let core = Core::new(*self, qkv.shape(), x, Some((phi_data, phi.dim(3)?)), f)?;
+                    with(target, |target| Ok(core.backward(Upstream::Squares { target, slope }, false)))
+                })
+            })
+        })?;
+        let scalar = |value: f64| Tensor::new(value as f32, qkv.device());
+        let of = |data: Vec<f32>, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device());
+        let value = with_gradient(&phi, scalar(grads.squares * weight / count)?, of(grads.features, &phi)?)?;
+        value + with_gradient(&f, scalar(0.0)?, of(grads.factors, &f)?)?
     }
 
     /// `forward` on the features of softmax maps without bias, `weight` [2 H, D, C], in one op; None where it does not
@@ -234,7 +264,7 @@ impl CustomOp3 for Op {
             with(features, |phi| {
                 with(factors, |f| {
                     let core = Core::new(self.shape, qkv.shape(), x, Some((phi, features.dim(3)?)), f)?;
-                    with(res, |y| with(&grad, |dy| Ok(core.backward(y, dy, self.qkv_grad))))
+                    with(res, |y| with(&grad, |dy| Ok(core.backward(Upstream::Graph { y, grad: dy }, self.qkv_grad))))
                 })
             })
         })?;
@@ -251,8 +281,8 @@ mod tests {
     use super::super::check::{INPUTS, check, input};
     use super::*;
 
-    #[test]
-    fn fast_equals_plain() {
+    /// The op, its inputs and what to call them, over windows, lengths and hostile inputs.
+    fn cases(mut visit: impl FnMut(&str, HybridAttn, [Tensor; 3])) {
         use Window::*;
         for kind in INPUTS {
             for time in [1, 15, 63, 64, 65, 200] {
@@ -263,13 +293,41 @@ mod tests {
                         let op = HybridAttn { heads: 4, kv_heads: 2, window, affine };
                         let phi = input("randn", &[2, time, 8, 6], 2).abs().unwrap();
                         let x = [input(kind, &[2, time, 8, 8], 1), phi, input("randn", &[4], 3)];
-                        // Without a window no factor acts, and candle reports that as a zero gradient.
-                        let what = format!("{kind}, {time}, {window:?}, affine {affine}");
-                        check(&what, &x, 5e-5, |x| op.forward(&x[0], &x[1], &x[2]));
+                        visit(&format!("{kind}, {time}, {window:?}, affine {affine}"), op, x);
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn fast_equals_plain() {
+        // Without a window no factor acts, and candle reports that as a zero gradient.
+        cases(|what, op, x| check(what, &x, 5e-5, |x| op.forward(&x[0], &x[1], &x[2])));
+    }
+
+    #[test]
+    fn fused_loss_equals_plain() {
+        cases(|what, op, [qkv, phi, factors]| {
+            let target = input("randn", &[2, qkv.dim(1).unwrap(), 4, 8], 4);
+            // ∂loss/∂y = y - target where values are near 1, times the features' size over theirs where they are large.
+            let square = qkv.sqr().unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap();
+            let weight = 0.5 * target.elem_count() as f64 / square.max(1.0);
+            // A factor's gradient sums over all rows what cancels in each to (v - y) / v, a thousandth for `ones`.
+            check(what, &[phi, factors], 1e-4, |x| {
+                let like = |t: &Tensor| t.to_dtype(x[0].dtype());
+                op.mse(&like(&qkv)?, &x[0], &x[1], &like(&target)?, weight)
+            })
+        });
+    }
+
+    #[test]
+    fn fused_loss_reaches_queries_and_keys() {
+        let op = HybridAttn { heads: 4, kv_heads: 2, window: Window::Sliding(4), affine: false };
+        let phi = input("randn", &[2, 20, 8, 6], 2).abs().unwrap();
+        let x = [input("randn", &[2, 20, 8, 8], 1), phi, input("randn", &[4], 3)];
+        let target = input("randn", &[2, 20, 4, 8], 4);
+        check("mse", &x, 5e-5, |x| op.mse(&x[0], &x[1], &x[2], &target.to_dtype(x[0].dtype())?, 1000.0));
     }
 
     #[test]
