@@ -9,7 +9,6 @@ use crate::data::{Batch, Split};
 use crate::error::Result;
 use crate::model::{Decoder, Net};
 use crate::ops::head_loss::{Sums, Target, head_loss, measure};
-use crate::ops::loss::with_gradient;
 use crate::params::Param;
 use crate::recipe;
 use crate::train::{Grads, Task};
@@ -94,9 +93,9 @@ impl Task for Recover<'_> {
             let x = Var::from_tensor(&inputs[layer])?;
             // Nothing before the first block trains: its input needs no gradient.
             let input = if layer == 0 { inputs[0].clone() } else { x.as_tensor().clone() };
-            let y = decoder.block(layer).forward(&input, student.mixers[layer].as_ref(), &tables, lora, noise)?;
-            let zero = Tensor::zeros((), DType::F32, y.device())?;
-            let mut store = with_gradient(&y, zero, from_above)?.backward()?;
+            let mixer = student.mixers[layer].as_ref();
+            let mut store =
+                decoder.block(layer).pull_back(&input, mixer, &tables, lora, noise, &from_above)?.backward()?;
             gradient = store.remove(&x);
             for (i, param) in self.params.iter().enumerate() {
                 if let Some(g) = store.get(&param.var) {

@@ -1,11 +1,12 @@
 //! One block: norm → q, k, v → mixer → o → norm → MLP, each half added to the stream.
 
-use candle_core::{Result as TensorResult, Tensor};
+use candle_core::{DType, Result as TensorResult, Tensor};
 
 use super::Tables;
 use crate::error::Result;
 use crate::families::{Architecture, Projection, Role};
 use crate::mixers::{Heads, Mixer};
+use crate::ops::loss::with_gradient;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::swiglu::swiglu;
 use crate::params::{Adapters, Stack};
@@ -87,12 +88,51 @@ impl Block {
 
     /// The stream [B, T, N] after attention output `y` [B, T, H, D] and the MLP.
     pub fn finish(&self, x: &Tensor, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
+        let (x, inner) = self.middle(x, y, lora, noise)?;
+        x + self.down.apply(self.layer, &inner, lora, noise)?
+    }
+
+    /// The stream [B, T, N] after attention output `y`, and the inside of the MLP [B, T, I] before its last projection.
+    fn middle(
+        &self,
+        x: &Tensor,
+        y: &Tensor,
+        lora: Option<&Adapters>,
+        noise: Option<u64>,
+    ) -> TensorResult<(Tensor, Tensor)> {
         let (b, t, _) = x.dims3()?;
         let y = y.reshape((b, t, self.heads * self.head_dim))?;
         let x = (x + self.o.apply(self.layer, &y, lora, noise)?)?;
         let inner = rms_norm(&x, &self.post_norm, self.norm_eps)?;
         let gate_up = self.gate_up.apply(self.layer, &inner, lora, noise)?;
-        x + self.down.apply(self.layer, &swiglu(&gate_up)?, lora, noise)?
+        Ok((x, swiglu(&gate_up)?))
+    }
+
+    /// A scalar whose backward pass carries the gradient `from_above` of the block's output to its input and to
+    /// everything that trains inside. The last product is not done again where nothing trains on it: the output's value
+    /// is not needed, only its gradient.
+    pub fn pull_back(
+        &self,
+        x: &Tensor,
+        mixer: &dyn Mixer,
+        tables: &Tables,
+        lora: Option<&Adapters>,
+        noise: Option<u64>,
+        from_above: &Tensor,
+    ) -> TensorResult<Tensor> {
+        let y = mixer.forward(&self.heads(x, tables, lora, noise)?)?;
+        let (x, inner) = self.middle(x, &y, lora, noise)?;
+        let zero = Tensor::zeros((), DType::F32, x.device())?;
+        let stream = with_gradient(&x, zero.clone(), from_above.clone())?;
+        let trains = lora.is_some_and(|l| l.targets().any(|t| t == (self.layer, Projection::Down)));
+        let mlp = match self.down.weight(Projection::Down).filter(|_| !trains) {
+            Some(weight) => {
+                let from_above = from_above.flatten(0, 1)?.matmul(&weight?)?.reshape(inner.shape())?;
+                with_gradient(&inner, zero, from_above)?
+            }
+            None => with_gradient(&self.down.apply(self.layer, &inner, lora, noise)?, zero, from_above.clone())?,
+        };
+        stream + mlp
     }
 
     /// The whole block.

@@ -44,6 +44,33 @@ impl CustomOp1 for Known {
     }
 }
 
+/// `gradient` times the scalar `factor`, which stays on the device.
+#[cfg(feature = "cuda")]
+fn scaled(gradient: &Tensor, factor: &Tensor) -> Result<Tensor> {
+    use super::cuda::{Output, code, device_of, launch, pointer};
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        fn margay_scale(
+            y: *mut c_void,
+            x: *const c_void,
+            factor: *const c_void,
+            count: usize,
+            dtype: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+    }
+    let device = device_of(gradient)?;
+    let y = Output::new(device, gradient.shape(), gradient.dtype())?;
+    let (out, x, s) = (y.pointer()?, pointer(gradient)?, pointer(factor)?);
+    if x.align_offset(16) != 0 {
+        return gradient.broadcast_mul(&factor.to_dtype(gradient.dtype())?);
+    }
+    let (count, dtype) = (gradient.elem_count(), code(gradient.dtype())?);
+    // SAFETY: both hold `count` elements of this precision, the factor one f32, all on this device.
+    launch(device, "scale", |stream| unsafe { margay_scale(out, x, s, count, dtype, stream) })?;
+    Ok(y.tensor())
+}
+
 /// `weight * mean((x - target)²)` over all elements, a scalar f32.
 pub fn mse(x: &Tensor, target: &Tensor, weight: f64) -> Result<Tensor> {
     if !super::fast(x) {
