@@ -40,6 +40,10 @@ impl CustomOp1 for Known {
         if grad.device().is_cpu() && grad.to_dtype(DType::F32)?.to_scalar::<f32>()? == 1.0 {
             return Ok(Some(self.gradient.clone()));
         }
+        #[cfg(feature = "cuda")]
+        if super::cuda::ready(&self.gradient) && self.gradient.is_contiguous() {
+            return scaled(&self.gradient, &grad.to_dtype(DType::F32)?).map(Some);
+        }
         self.gradient.broadcast_mul(&grad.to_dtype(self.gradient.dtype())?).map(Some)
     }
 }
