@@ -7,6 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::mixers::Heads;
 use crate::mixers::lolcats;
 use crate::ops::delta_rule::{Decay, DeltaRule};
+use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::loss::with_gradient;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::rope;
@@ -54,6 +55,26 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
             let gates = if matches!(decay, Decay::Key(_)) { y_bytes } else { 0.0 };
             let work = Work { flops, bytes: qkv_bytes + y_bytes + gates, tokens };
             rows.extend(both(b, name, work, 2.0, &qkv, &|x| Ok(op.forward(x, &beta, decay, None)?))?);
+        }
+    }
+
+    if a.head_dim <= 128 && (b.device.is_cpu() || b.dtype == DType::BF16) {
+        let op = GatedLinearAttn { scale: dim.powf(-0.5), gated: Channels::Keys };
+        let shape = [batch, time_steps, a.heads, a.head_dim];
+        let part = || random(&shape, 1.0, b.dtype, &b.device);
+        let (q, k, v) = (part()?, part()?, part()?);
+        let gate = |shape: &[usize], dtype: DType| -> Result<Var> {
+            let logits = random(shape, 1.0, DType::F32, &b.device)?;
+            Ok(Var::from_tensor(&(logits.neg()?.exp()? + 1.0)?.log()?.neg()?.to_dtype(dtype)?)?)
+        };
+        // Per token and head: a key and value join the state, a query reads it.
+        let work = |gates: f64| Work { flops: 4.0 * tokens * heads * dim * dim, bytes: 4.0 * y_bytes + gates, tokens };
+        for (name, gates, bytes) in [
+            ("gated linear attention, a gate per channel", gate(&shape, b.dtype)?, y_bytes),
+            ("gated linear attention, a gate per head", gate(&shape[..3], DType::F32)?, 4.0 * tokens * heads),
+        ] {
+            let run = |x: &Tensor| Ok(op.forward(x, &k, &v, gates.as_tensor(), None)?.0);
+            rows.extend(both(b, name, work(bytes), 2.0, &q, &run)?);
         }
     }
 
