@@ -1436,6 +1436,13 @@ cudaError_t backward(const bf16* q, const bf16* k, const bf16* gk, const bf16* g
                       a, to, s, tiles);
 }
 
+// The most shared memory that a kernel of this case asks for.
+template <int D, int GATE> size_t shared_memory() {
+    const size_t scans = max(sizeof(ScanShared<D, 32, GATE, false>), sizeof(ScanShared<D, 64, GATE, false>));
+    if constexpr (GATE == CHANNEL) return max(scans, max(sizeof(PrepareKda<D>), sizeof(LocalKda<D>)));
+    else return max(scans, max(sizeof(PrepareShared<D>), sizeof(LocalShared<D>)));
+}
+
 bool fits(int batch, int time, int heads, int kv_heads, int dim, int gate) {
     return batch > 0 && time > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && (dim == 64 || dim == 128) &&
            gate >= NONE && gate <= CHANNEL && (long)batch * heads < 65536;
@@ -1454,6 +1461,22 @@ bool fits(int batch, int time, int heads, int kv_heads, int dim, int gate) {
         case 128 * 4 + 2: return CALL(128, 2);                   \
     }                                                            \
     return cudaErrorInvalidValue;
+
+static int margay_delta_rule_shared(int dim, int gate) {
+    using namespace margay::delta;
+#define CALL(D, G) (int)shared_memory<D, G>()
+    MARGAY_DELTA_CASES(CALL)
+#undef CALL
+}
+
+// Whether this device has the shared memory that the kernels need (Hopper does; with heads of 64, Ampere's A100 too).
+extern "C" int margay_delta_rule_ready(int dim, int gate) {
+    if ((dim != 64 && dim != 128) || gate < 0 || gate > 2) return 0;
+    int device = 0, most = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    return margay_delta_rule_shared(dim, gate) <= most;
+}
 
 // Bytes that pass from the forward to the backward pass; without `keep`, bytes the forward pass works in.
 extern "C" size_t margay_delta_rule_saved(int batch, int time, int heads, int dim, int gate, int keep) {

@@ -115,7 +115,7 @@ impl DeltaRule {
     ) -> Result<Option<(Tensor, Option<Tensor>)>> {
         let (batch, time, dim) = self.check(qkv, beta, decay, state)?;
         #[cfg(feature = "cuda")]
-        let gpu = super::cuda::ready(qkv) && qkv.dtype() == DType::BF16 && matches!(dim, 64 | 128);
+        let gpu = super::cuda::ready(qkv) && qkv.dtype() == DType::BF16 && gpu::ready(dim, decay.kind());
         #[cfg(not(feature = "cuda"))]
         let gpu = false;
         if !super::fast(qkv) && !gpu {
@@ -940,6 +940,7 @@ mod gpu {
     use super::{Kind, Op};
 
     unsafe extern "C" {
+        fn margay_delta_rule_ready(dim: c_int, gate: c_int) -> c_int;
         fn margay_delta_rule_saved(
             batch: c_int,
             time: c_int,
@@ -999,6 +1000,12 @@ mod gpu {
             normalize: c_int,
             stream: *mut c_void,
         ) -> c_int;
+    }
+
+    /// Whether there are kernels for heads of this size, and the current device has the shared memory they need.
+    pub(super) fn ready(dim: usize, kind: Kind) -> bool {
+        // SAFETY: numbers in, number out.
+        unsafe { margay_delta_rule_ready(dim as c_int, kind as c_int) != 0 }
     }
 
     /// Where the parts of one allocation begin, `size` bytes an element.
