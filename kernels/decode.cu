@@ -733,8 +733,8 @@ template <int Q> __global__ void __launch_bounds__(CACHED) cached(const Cached p
     float* q = memory;                                  // [Q, dim]
     float* gathered = q + Q * dim;                      // [2 CACHED, Q] partial sums of values
     float* scores = gathered + 2 * CACHED * Q;          // [Q, TILE]
-    float* shrink = scores + Q * TILE;                  // [Q]
-    bf16* key = reinterpret_cast<bf16*>(shrink + Q);    // [dim]
+    float* shrink = scores + Q * TILE;                  // [Q], room for 8
+    bf16* key = reinterpret_cast<bf16*>(shrink + 8);    // [dim]
     bf16* value = key + dim;
     const int position = *p.position, slot = position % p.slots, count = min(position + 1, p.slots);
     const int chunk = ((count + p.splits - 1) / p.splits + TILE - 1) / TILE * TILE;
@@ -852,7 +852,7 @@ __global__ void cached_join(const Cached p) {
 }
 
 template <int Q> int launch_cached(const Cached& p, bool overlap, cudaStream_t stream) {
-    const size_t shared = (Q * p.dim + 2 * CACHED * Q + Q * TILE + Q + p.dim + 4) * sizeof(float);
+    const size_t shared = (Q * p.dim + 2 * CACHED * Q + Q * TILE + 8 + p.dim) * sizeof(float);
     const int code = start(cached<Q>, dim3(p.splits, p.kv_heads, p.batch), CACHED, shared, overlap, stream, p);
     if (code != cudaSuccess) return code;
     return start(cached_join, dim3(p.heads, p.batch), 128, 0, overlap, stream, p);

@@ -204,7 +204,8 @@ pub fn overlaps(device: &CudaDevice) -> bool {
 /// Rows of W per block, in tiles of 16, by what measured fastest: more reads x less often, fewer fills the chip better.
 fn tall(mode: Mode) -> usize {
     match mode {
-        Mode::Plain | Mode::Swiglu | Mode::Logits => 2,
+        Mode::Swiglu | Mode::Logits => 4,
+        Mode::Plain => 2,
         Mode::Add => 1,
     }
 }
