@@ -471,7 +471,7 @@ template <int D> __device__ __forceinline__ void store_tile(bf16* tile, const fl
 // cores work while it exponentiates, and the two take turns at issuing, so that one exponentiates during the other's products
 // (4 % at T = 1024). Blocks stay and take work in pairs of a long and a short row block, which all cost the same.
 constexpr int STAGES = 2;
-constexpr int TURNS = 3;  // named barriers: one per owning warpgroup
+[[maybe_unused]] constexpr int TURNS = 3;  // named barriers: one per owning warpgroup
 
 template <int D, int N> struct ForwardShared {
     static constexpr int PANELS = D / 64;
