@@ -37,8 +37,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
-                loop {
-                    let Some((source, object)) = queue.lock().ok().and_then(|mut q| q.next()) else { break };
+                // The lock is free again before the compiler starts.
+                let next = || queue.lock().ok().and_then(|mut queue| queue.next());
+                while let Some((source, object)) = next() {
                     if let Err(e) = compile(&nvcc, source, object)
                         && let Ok(mut failures) = failures.lock()
                     {

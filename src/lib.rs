@@ -15,7 +15,7 @@
 //! | [`convert`] | the verbs: load → plan → swap → transfer → recover → merge → export → verify |
 //! | [`evaluate`] | perplexity, agreement with the teacher, recall |
 //! | [`generate`] | recurrent decoding |
-//! | [`bench`] | speed on random weights, beside the machine's ceilings |
+//! | [`mod@bench`] | speed on random weights, beside the machine's ceilings |
 //! | [`run_dir`] | one conversion's folder on disk: progress that survives a kill |
 
 pub mod bench;

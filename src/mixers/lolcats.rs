@@ -6,7 +6,7 @@
 //!
 //! State: `k`, `v` [B, n, Hkv, D] the keys the next token's window may need, rotated; `s` [B, H, F, D] and `z` [B, H, F]
 //! the sums of φk v and φk over all keys before them, in f32. While decoding on a GPU, the same in fixed memory, the keys as
-//! a ring ([`crate::ops::decode::Lolcats`]).
+//! a ring (`ops/decode.rs`).
 
 use candle_core::{D, DType, Result, Tensor};
 use schemars::JsonSchema;

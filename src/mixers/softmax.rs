@@ -1,7 +1,7 @@
 //! The teacher's attention, and that of layers that are kept.
 //!
 //! State: `k` and `v` [B, capacity, Hkv, D], grown by doubling and rotated at their own positions; with a sliding window
-//! the last `window` keys only. While decoding on a GPU, a ring of fixed size ([`crate::ops::decode::Cached`]).
+//! the last `window` keys only. While decoding on a GPU, a ring of fixed size (`ops/decode.rs`).
 
 use candle_core::{Result, Tensor};
 

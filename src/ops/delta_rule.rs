@@ -1370,6 +1370,8 @@ mod tests {
                         let bound = if matches!(i, 3 | 5) { 2e-2 } else { 1e-2 };
                         // One token gives two numbers, which may be small by chance.
                         let bound = if time == 1 && matches!(i, 3 | 5) { 0.1 } else { bound };
+                        // Nearly equal keys cancel all but a trace of β's gradient: the plain form is off by 0.2 there.
+                        let bound = if kind == "ones" && i == 3 { 0.1 } else { bound };
                         assert!(error < bound, "{what}: {error:e}");
                         assert!(
                             norm(&(on_cpu(a) - on_cpu(&again[i])).unwrap()) == 0.0,

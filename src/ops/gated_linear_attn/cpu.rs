@@ -253,7 +253,7 @@ fn blocks(n: usize) -> impl Iterator<Item = (usize, Vec<(usize, usize)>)> {
 }
 
 impl Core<'_> {
-    fn rows<'a>(&self, data: &'a [f32], dim: usize, head: usize, from: usize, n: usize) -> Mat {
+    fn rows(&self, data: &[f32], dim: usize, head: usize, from: usize, n: usize) -> Mat {
         Mat::new(data, (from * self.heads + head) * dim, n, dim, self.heads * dim)
     }
 
@@ -290,6 +290,7 @@ impl Core<'_> {
     }
 
     /// `s.scaled` = x e^{G} or x e^{G_n - G}.
+    #[allow(clippy::too_many_arguments)]
     fn scale_rows(&self, s: &mut Scratch, x: &[f32], head: usize, from: usize, n: usize, to_end: bool, by: f32) {
         let dim = self.key_dim;
         let last = &s.sums[(n - 1) * dim..][..dim];
