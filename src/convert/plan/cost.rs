@@ -169,7 +169,7 @@ impl<'a> Costs<'a> {
 
         let squares = match (self.device, s.attention_ce_weight > 0.0) {
             (PlanDevice::Cpu, false) => 0,
-            (PlanDevice::Cuda, false) => 12,
+            (PlanDevice::Cuda, false) => self.plain_squares(12),
             (_, true) => 18,
         };
         let working = self.activations(micro, s.seq_len, self.layer()) + self.squares(micro, s.seq_len, squares);
@@ -208,7 +208,7 @@ impl<'a> Costs<'a> {
             + 3 * w.mlp
             + targets.iter().map(adapted).sum::<u64>();
         let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
-        let squares = if self.device == PlanDevice::Cuda { 16 } else { 0 };
+        let squares = if self.device == PlanDevice::Cuda { self.plain_squares(16) } else { 0 };
         let block = self.activations(micro, s.seq_len, graph + gradients) + self.squares(micro, s.seq_len, squares);
         let logits = self.logits(micro * s.seq_len, taught);
         let inputs = self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden);
@@ -252,6 +252,12 @@ impl<'a> Costs<'a> {
 
     fn activations(&self, micro: usize, seq_len: usize, width: u64) -> u64 {
         micro as u64 * seq_len as u64 * width * self.device.element()
+    }
+
+    /// `count` where a GPU has no kernel for heads of this width and the plain forms run.
+    fn plain_squares(&self, count: u64) -> u64 {
+        let dim = self.a.head_dim;
+        if dim.is_multiple_of(8) && dim <= 128 { 0 } else { count }
     }
 
     /// `count` matrices of attention weights [micro, H, T, T].
