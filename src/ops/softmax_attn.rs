@@ -8,10 +8,14 @@
 //!
 //! `qkv` [B, T, H + 2 Hkv, D] rotated, `sinks` `[H]`, result [B, T, H, D].
 //!
-//! On the CPU it is [`super::hybrid_attn`] without a linear part: the window's share σ cancels, keys before the window are
-//! dropped. On a GPU (bf16) blocks of keys stream past blocks of rows and nothing of size T x T is formed.
+//! What a row's softmax was divided by is its largest score and Σ_j exp(s_ij - largest): with them a result is joined to
+//! another attention's under one denominator, as the sink's share is.
+//!
+//! On the CPU it is [`super::hybrid_attn`] without a linear part: the window's share σ is 1, keys before the window are
+//! dropped. On a GPU (bf16) blocks of keys stream past blocks of rows and nothing of size T x T is formed. Elsewhere a
+//! window is served by blocks of rows, each against the band of keys it sees, linear in T.
 
-use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor};
 
 use super::cpu;
 use super::hybrid_attn::{Core, HybridAttn, Upstream, Window};
@@ -40,10 +44,99 @@ impl SoftmaxAttn {
             let sinks = sinks.map(|s| s.to_dtype(candle_core::DType::F32)?.contiguous()).transpose()?;
             return self.on_gpu(&qkv.contiguous()?, sinks.as_ref());
         }
-        if super::fast(qkv) && sinks.is_none() && self.softcap.is_none() {
-            return qkv.contiguous()?.apply_op1(*self);
+        let Some(sinks) = sinks else {
+            return match self.is_fast(qkv) {
+                true => qkv.contiguous()?.apply_op1(Op { shape: *self, mass: false }),
+                false => Ok(self.forward_with_mass(qkv)?.0),
+            };
+        };
+        let (y, top, mass) = self.forward_with_mass(qkv)?;
+        let share = ((top + mass.log()?)?.broadcast_sub(&sinks.to_dtype(mass.dtype())?)? * 0.5)?.tanh()?;
+        let share = ((share + 1.0)? * 0.5)?; // the logistic function; no exponential overflows in its gradient
+        y.broadcast_mul(&share.unsqueeze(3)?.to_dtype(y.dtype())?)
+    }
+
+    /// The same with what a row's softmax was divided by: y [B, T, H, D], and in f32 the row's largest score `top`
+    /// [B, T, H] and `mass` = Σ exp(s - top) [B, T, H]; all three differentiable. `top`'s gradient goes to the key that
+    /// holds the maximum, as in [`super::hybrid_attn`].
+    pub fn forward_with_mass(&self, qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let (_, time, _, dim) = qkv.dims4()?;
+        if self.is_fast(qkv) {
+            let all = qkv.contiguous()?.apply_op1(Op { shape: *self, mass: true })?; // [B, T, H, D + 2]
+            let scalar = |at| all.narrow(3, at, 1)?.squeeze(3)?.contiguous();
+            return Ok((all.narrow(3, 0, dim)?.contiguous()?, scalar(dim)?, scalar(dim + 1)?));
         }
-        Ok(self.parallel_with_sinks(qkv, sinks)?.0)
+        match self.window {
+            Some(window) if qkv.dtype() != DType::F64 && 2 * window.max(64) < time => {
+                self.banded_with_mass(qkv, window)
+            }
+            _ => self.parallel_with_mass(qkv),
+        }
+    }
+
+    /// [`SoftmaxAttn::forward_with_mass`] by the definition, T x T.
+    pub fn parallel_with_mass(&self, qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let (_, time, _, _) = qkv.dims4()?;
+        let [q, k, v] = self.split(&qkv.to_dtype(super::wide(qkv.dtype()))?)?;
+        let mask = causal_mask(time, time, self.window, qkv.device())?;
+        self.gather(self.divide([&q, &k, &v], &mask)?, qkv)
+    }
+
+    /// The same in blocks of as many rows as a window holds, at least 64, each against the band of keys it sees. Bands
+    /// are gathered by index: the gradient of a gather costs what it gathered, that of a slice the whole tensor.
+    fn banded_with_mass(&self, qkv: &Tensor, window: usize) -> Result<(Tensor, Tensor, Tensor)> {
+        let (batch, time, _, dim) = qkv.dims4()?;
+        let rows = window.max(64);
+        let (blocks, band) = (time.div_ceil(rows), rows + window - 1);
+        // What cell `j` of a block's band would be without clamping, window - 1 later: row `i` sees cells i..i + window.
+        let late = |block: usize, j: usize| block * rows + j;
+        let ids = (0..blocks * band).map(|n| late(n / band, n % band).saturating_sub(window - 1).min(time - 1) as u32);
+        let ids = Tensor::from_iter(ids, qkv.device())?;
+        let cell = |n: usize| {
+            let (block, i, j) = (n / (rows * band), n / band % rows, n % band);
+            if late(block, j) + 1 >= window && i <= j && j < i + window { 0f32 } else { f32::NEG_INFINITY }
+        };
+        let mask = Tensor::from_iter((0..blocks * rows * band).map(cell), qkv.device())?;
+
+        let heads = batch * self.heads;
+        let [q, k, v] = self.split(&qkv.to_dtype(super::wide(qkv.dtype()))?)?;
+        let q = q.pad_with_zeros(2, 0, blocks * rows - time)?.reshape((heads, blocks, rows, dim))?;
+        let bands = |x: &Tensor| x.index_select(&ids, 2)?.reshape((heads, blocks, band, dim));
+        let parts = self.divide([&q, &bands(&k)?, &bands(&v)?], &mask.reshape((blocks, rows, band))?)?;
+        self.gather(parts, qkv)
+    }
+
+    /// Queries, keys and values [B, H, T, D] each, key heads repeated.
+    fn split(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
+        let (h, g) = (self.heads, self.kv_heads);
+        let heads = |from, count| qkv.narrow(2, from, count)?.transpose(1, 2)?.contiguous();
+        Ok([heads(0, h)?, repeat_kv(&heads(h, g)?, h / g)?, repeat_kv(&heads(h + g, g)?, h / g)?])
+    }
+
+    /// s [.., rows, keys], with the mask added, of queries [.., rows, D] and keys [.., keys, D].
+    fn scores(&self, q: &Tensor, k: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let scores = (q.matmul(&k.t()?)? * (q.dim(D::Minus1)? as f64).powf(-0.5))?;
+        self.bend(scores)?.broadcast_add(&mask.to_dtype(q.dtype())?)
+    }
+
+    /// y [.., rows, D], top and mass [.., rows, 1] of queries, keys and values.
+    fn divide(&self, [q, k, v]: [&Tensor; 3], mask: &Tensor) -> Result<[Tensor; 3]> {
+        let scores = self.scores(q, k, mask)?;
+        let top = scores.max_keepdim(D::Minus1)?;
+        let terms = scores.broadcast_sub(&top)?.exp()?;
+        let mass = terms.sum_keepdim(D::Minus1)?;
+        Ok([terms.matmul(v)?.broadcast_div(&mass)?, top, mass])
+    }
+
+    /// The result of `divide` over blocks of rows, [B, T, H, ..] like `qkv`.
+    fn gather(&self, parts: [Tensor; 3], qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let (batch, time, _, _) = qkv.dims4()?;
+        let rows = |x: &Tensor| {
+            let x = x.reshape((batch, self.heads, (), x.dim(D::Minus1)?))?.narrow(2, 0, time)?;
+            x.transpose(1, 2)?.contiguous()
+        };
+        let [y, top, mass] = &parts;
+        Ok((rows(y)?.to_dtype(qkv.dtype())?, rows(top)?.squeeze(3)?, rows(mass)?.squeeze(3)?))
     }
 
     /// The definition with T x T weights in plain tensor operations: result and weights [B, H, T, T].
@@ -53,17 +146,14 @@ impl SoftmaxAttn {
 
     /// The same with sinks; the weights of a row then sum to what the sink leaves.
     pub fn parallel_with_sinks(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-        let (batch, time, _, dim) = qkv.dims4()?;
-        let (h, g) = (self.heads, self.kv_heads);
-        let heads = |from, count| qkv.narrow(2, from, count)?.transpose(1, 2)?.contiguous();
-        let (q, k, v) = (heads(0, h)?, heads(h, g)?, heads(h + g, g)?);
-        let (k, v) = (repeat_kv(&k, h / g)?, repeat_kv(&v, h / g)?);
-        let mask = causal_mask(time, time, self.window, qkv.device())?.to_dtype(qkv.dtype())?;
-        let scores = self.bend((q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?)?.broadcast_add(&mask)?;
+        let (batch, time, _, _) = qkv.dims4()?;
+        let [q, k, v] = self.split(qkv)?;
+        let scores = self.scores(&q, &k, &causal_mask(time, time, self.window, qkv.device())?)?;
         let weights = match sinks {
             None => softmax(&scores)?,
             Some(sinks) => {
-                let sinks = sinks.to_dtype(qkv.dtype())?.reshape((1, h, 1, 1))?.broadcast_as((batch, h, time, 1))?;
+                let shape = (batch, self.heads, time, 1);
+                let sinks = sinks.to_dtype(qkv.dtype())?.reshape((1, self.heads, 1, 1))?.broadcast_as(shape)?;
                 softmax(&Tensor::cat(&[scores, sinks.contiguous()?], 3)?)?.narrow(3, 0, time)?.contiguous()?
             }
         };
@@ -78,10 +168,9 @@ impl SoftmaxAttn {
         }
     }
 
-    fn core<'a>(&self, shape: &Shape, qkv: &'a [f32]) -> Result<Core<'a>> {
-        let window = Window::Sliding(self.window.unwrap_or(usize::MAX));
-        let shape_of = HybridAttn { heads: self.heads, kv_heads: self.kv_heads, window, affine: false };
-        Core::new(shape_of, shape, qkv, None, &vec![0.0; self.heads])
+    /// Whether the fast CPU form serves this tensor.
+    fn is_fast(&self, qkv: &Tensor) -> bool {
+        super::fast(qkv) && self.softcap.is_none()
     }
 }
 
@@ -110,7 +199,25 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     e.broadcast_div(&e.sum_keepdim(D::Minus1)?)
 }
 
-impl CustomOp1 for SoftmaxAttn {
+/// The fast CPU form.
+struct Op {
+    shape: SoftmaxAttn,
+    /// Rows end in their largest score and what they were divided by.
+    mass: bool,
+}
+
+impl Op {
+    fn core<'a>(&self, shape: &Shape, qkv: &'a [f32]) -> Result<Core<'a>> {
+        let SoftmaxAttn { heads, kv_heads, window, .. } = self.shape;
+        let window = Window::Sliding(window.unwrap_or(usize::MAX));
+        let hybrid = HybridAttn { heads, kv_heads, window, affine: false };
+        // σ(∞) = 1: the denominator is Σ exp(s - top) itself.
+        let core = Core::new(hybrid, shape, qkv, None, &vec![f32::INFINITY; heads])?;
+        Ok(if self.mass { core.with_mass() } else { core })
+    }
+}
+
+impl CustomOp1 for Op {
     fn name(&self) -> &'static str {
         "softmax_attn"
     }
@@ -118,7 +225,8 @@ impl CustomOp1 for SoftmaxAttn {
     fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (b, t, _, d) = layout.shape().dims4()?;
         let core = self.core(layout.shape(), cpu::elements(qkv, layout)?)?;
-        Ok((CpuStorage::F32(core.forward()), (b, t, self.heads, d).into()))
+        let width = if self.mass { d + 2 } else { d };
+        Ok((CpuStorage::F32(core.forward()), (b, t, self.shape.heads, width).into()))
     }
 
     fn bwd(&self, qkv: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -280,6 +388,53 @@ mod tests {
                     let x = [input(kind, &[2, time, 8, 8], 1)];
                     check(&format!("{kind}, {time}, {window:?}"), &x, 2e-5, |x| op.forward(&x[0]));
                 }
+            }
+        }
+    }
+
+    /// Result, largest score and mass, in the fast form and by bands, with all their gradients.
+    #[test]
+    fn mass_equals_plain() {
+        // Where hundreds of keys nearly tie, f32 may give the maximum to another one; lse does not depend on which.
+        let joined = |kind: &str, parts: Result<(Tensor, Tensor, Tensor)>| {
+            let (y, top, mass) = parts?;
+            let lse = (&top + mass.log()?)?;
+            let top = if ["randn", "large"].contains(&kind) { top } else { lse.clone() };
+            Tensor::cat(&[y, top.unsqueeze(3)?, lse.unsqueeze(3)?], 3)
+        };
+        for kind in INPUTS {
+            for time in [1, 63, 64, 65, 300] {
+                for window in [None, Some(1), Some(16), Some(64)] {
+                    let x = [input(kind, &[2, time, 8, 8], 1)];
+                    for (heads, kv_heads, softcap) in [(4, 2, None), (6, 1, None), (4, 2, Some(5.0))] {
+                        let op = SoftmaxAttn { heads, kv_heads, window, softcap };
+                        let oracle = |x: &Tensor| x.dtype() == DType::F64;
+                        let what = format!("{kind}, {time}, {window:?}, {heads} over {kv_heads}, {softcap:?}");
+                        check(&what, &x, 2e-5, |x| match oracle(&x[0]) {
+                            true => joined(kind, op.parallel_with_mass(&x[0])),
+                            false => joined(kind, op.forward_with_mass(&x[0])),
+                        });
+                        let Some(window) = window else { continue };
+                        check(&format!("bands: {what}"), &x, 2e-5, |x| match oracle(&x[0]) {
+                            true => joined(kind, op.parallel_with_mass(&x[0])),
+                            false => joined(kind, op.banded_with_mass(&x[0], window)),
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fast_sinks_equal_plain() {
+        for kind in INPUTS {
+            for (time, window) in [(1, None), (65, None), (65, Some(16)), (300, Some(64))] {
+                let op = SoftmaxAttn { heads: 4, kv_heads: 2, window, softcap: None };
+                let x = [input(kind, &[2, time, 8, 8], 1), input("large", &[4], 2)];
+                check(&format!("{kind}, {time}, {window:?}"), &x, 2e-5, |x| match x[0].dtype() {
+                    DType::F64 => Ok(op.parallel_with_sinks(&x[0], Some(&x[1]))?.0),
+                    _ => op.forward_with_sinks(&x[0], Some(&x[1])),
+                });
             }
         }
     }

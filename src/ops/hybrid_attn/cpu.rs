@@ -25,6 +25,8 @@ pub(in crate::ops) struct Core<'a> {
     kv_heads: usize,
     dim: usize,
     chunk: usize,
+    /// Whether rows of y carry c and the denominator behind them: D + 2 wide.
+    mass: bool,
 }
 
 /// Where ∂loss/∂y comes from.
@@ -72,9 +74,11 @@ struct Scratch {
     values: Vec<f32>,      // [D, T], backward only
     weights: Vec<f32>,     // [rows, keys]
     linear: Vec<f32>,      // [rows, linear keys]
+    top: Vec<f32>,         // [rows], c
     den: Vec<f32>,         // [rows]
     y: Vec<f32>,           // [rows, D]
     grad_num: Vec<f32>,    // [rows, D]
+    grad_top: Vec<f32>,    // [rows]
     grad_den: Vec<f32>,    // [rows]
     grad_scores: Vec<f32>, // [rows, keys]
     grad_linear: Vec<f32>, // [rows, linear keys]
@@ -110,7 +114,12 @@ impl<'a> Core<'a> {
             None => 64,
         };
         let window = shape.window;
-        Ok(Core { window, qkv, features, sigma, lambda, batch, time, heads, kv_heads, dim, chunk })
+        Ok(Core { window, qkv, features, sigma, lambda, batch, time, heads, kv_heads, dim, chunk, mass: false })
+    }
+
+    /// y becomes [B, T, H, D + 2]: behind each row its c and its denominator.
+    pub(in crate::ops) fn with_mass(self) -> Self {
+        Core { mass: true, ..self }
     }
 
     fn chunks(&self) -> Vec<Chunk> {
@@ -169,7 +178,11 @@ impl<'a> Core<'a> {
 
     /// Start of row `t` of head `h` of y.
     fn y_at(&self, b: usize, h: usize, t: usize) -> usize {
-        ((b * self.time + t) * self.heads + h) * self.dim
+        ((b * self.time + t) * self.heads + h) * self.y_width()
+    }
+
+    fn y_width(&self) -> usize {
+        if self.mass { self.dim + 2 } else { self.dim }
     }
 
     /// Elements of a state: S [F, D], then z [F].
@@ -198,6 +211,7 @@ impl<'a> Core<'a> {
         let (rows, keys, linear) = (c.rows(), c.keys(), c.linear);
         s.weights.resize(rows * keys, 0.0);
         s.linear.resize(rows * linear, 0.0);
+        s.top.resize(rows, 0.0);
         s.den.resize(rows, 0.0);
         let scale = (self.dim as f32).powf(-0.5);
         let k = Mat::new(&s.keys, c.reach, self.dim, keys, self.time);
@@ -228,6 +242,7 @@ impl<'a> Core<'a> {
                         }
                     }
                     row[to..].fill(0.0);
+                    s.top[i] = top;
                     s.den[i] = cpu::sum(&row[..to]) + lambda * cpu::dot(self.phi_row(b, h, c.start + i), z);
                 }
             },
@@ -261,10 +276,10 @@ impl<'a> Core<'a> {
         );
     }
 
-    /// y [B, T, H, D].
+    /// y [B, T, H, D], or what [`Core::with_mass`] says.
     pub(in crate::ops) fn forward(&self) -> Vec<f32> {
-        let d = self.dim;
-        let mut out = vec![0f32; self.batch * self.time * self.heads * d];
+        let (d, width) = (self.dim, self.y_width());
+        let mut out = vec![0f32; self.batch * self.time * self.heads * width];
         let shared = Shared::new(&mut out);
         (0..self.batch * self.heads).into_par_iter().for_each_init(Scratch::default, |s, task| {
             let (b, h) = (task / self.heads, task % self.heads);
@@ -276,9 +291,13 @@ impl<'a> Core<'a> {
                 folded = c.reach;
                 self.weigh(b, h, &c, &state, s);
                 self.output(b, h, &c, &state, s);
-                for (t, y) in (c.start..c.end).zip(s.y.chunks(d)) {
+                for (i, y) in s.y.chunks(d).enumerate() {
                     // SAFETY: rows of (b, h) belong to this task alone.
-                    unsafe { shared.row(self.y_at(b, h, t), d) }.copy_from_slice(y);
+                    let row = unsafe { shared.row(self.y_at(b, h, c.start + i), width) };
+                    row[..d].copy_from_slice(y);
+                    if self.mass {
+                        row[d..].copy_from_slice(&[s.top[i], s.den[i]]);
+                    }
                 }
             }
         });
@@ -373,7 +392,7 @@ impl<'a> Core<'a> {
                             linear_share += cpu::dot(target, products);
                         }
                         if out.qkv.is_some() {
-                            through_scores(row, &s.weights[i * keys..(i + 1) * keys], den, from, to);
+                            through_scores(row, &s.weights[i * keys..(i + 1) * keys], den, s.grad_top[i], from, to);
                         }
                     }
                 },
@@ -443,11 +462,12 @@ impl<'a> Core<'a> {
         (factor, squares)
     }
 
-    /// ∂loss/∂num and ∂loss/∂den of a weighed chunk, into `s`; gives its part of the squared error.
+    /// ∂loss/∂num, ∂loss/∂den and ∂loss/∂c of a weighed chunk, into `s`; gives its part of the squared error.
     fn upstream(&self, b: usize, h: usize, c: &Chunk, state: &[f32], from: Upstream, s: &mut Scratch) -> f64 {
         let d = self.dim;
         s.grad_num.resize(c.rows() * d, 0.0);
         s.grad_den.resize(c.rows(), 0.0);
+        s.grad_top.resize(c.rows(), 0.0);
         if let Upstream::Squares { .. } = from {
             self.output(b, h, c, state, s);
         }
@@ -474,6 +494,11 @@ impl<'a> Core<'a> {
                     };
                     let den = s.den[i].max(MIN_DENOMINATOR as f32);
                     s.grad_den[i] = if s.den[i] < den { 0.0 } else { -cpu::dot(row, y) / den };
+                    s.grad_top[i] = 0.0;
+                    if let (true, Upstream::Graph { grad, .. }) = (self.mass, from) {
+                        s.grad_top[i] = grad[at + d];
+                        s.grad_den[i] += grad[at + d + 1];
+                    }
                     row.iter_mut().for_each(|g| *g /= den);
                 }
             },
@@ -482,10 +507,10 @@ impl<'a> Core<'a> {
     }
 }
 
-/// ∂loss/∂a of one row becomes ∂loss/∂s: through the exponentials in the window `from..to`, 0 outside. `den` is the
-/// gradient of the denominator.
+/// ∂loss/∂a of one row becomes ∂loss/∂s: through the exponentials in the window `from..to`, 0 outside. `den` and `top`
+/// are the gradients of the denominator and of c.
 #[inline(always)]
-fn through_scores(row: &mut [f32], weights: &[f32], den: f32, from: usize, to: usize) {
+fn through_scores(row: &mut [f32], weights: &[f32], den: f32, top: f32, from: usize, to: usize) {
     let (mut total, mut best) = (0f32, from);
     for j in from..to {
         row[j] = weights[j] * (row[j] + den);
@@ -493,7 +518,7 @@ fn through_scores(row: &mut [f32], weights: &[f32], den: f32, from: usize, to: u
         best = if weights[j] > weights[best] { j } else { best };
     }
     if to > from {
-        row[best] -= total;
+        row[best] += top - total;
     }
     row[..from].fill(0.0);
     row[to..].fill(0.0);
