@@ -1,6 +1,7 @@
 //! Named weights that train, and LoRA adapters on frozen ones.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
@@ -30,6 +31,39 @@ pub enum Init {
         bound: f64,
         stream: u64,
     },
+    /// N(0, std²).
+    Normal {
+        std: f64,
+        stream: u64,
+    },
+    /// Filters whose last tap is 1 and whose others are `others`.
+    LastTap {
+        others: f64,
+    },
+    /// 0, step, 2 step, ...
+    Ramp {
+        step: f64,
+    },
+    /// softplus⁻¹ of step sizes spread evenly over the logarithm of `low..high`: biases of step sizes.
+    Steps {
+        low: f64,
+        high: f64,
+        stream: u64,
+    },
+}
+
+impl fmt::Display for Init {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Init::Identity => write!(f, "as the identity"),
+            Init::Constant(value) => write!(f, "at {value:.4}"),
+            Init::Uniform { bound, .. } => write!(f, "uniform in ±{bound:.4}"),
+            Init::Normal { std, .. } => write!(f, "normal with deviation {std:.4}"),
+            Init::LastTap { others } => write!(f, "at 1 in the last tap, {others:.4} in the others"),
+            Init::Ramp { step } => write!(f, "at 0, {step}, {:.1}, ...", 2.0 * step),
+            Init::Steps { low, high, .. } => write!(f, "at step sizes from {low} to {high}"),
+        }
+    }
 }
 
 impl Init {
@@ -42,14 +76,39 @@ impl Init {
                 let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
                 (0..count).map(|i| ((i / cols) % rows == i % cols) as u8 as f32).collect()
             }
+            Init::LastTap { others } => {
+                let taps = shape[shape.len() - 1];
+                (0..count).map(|i| if (i + 1) % taps == 0 { 1.0 } else { others as f32 }).collect()
+            }
+            Init::Ramp { step } => (0..count).map(|i| (step * i as f64) as f32).collect(),
             Init::Uniform { bound, stream } => {
-                let mut rng = ChaCha8Rng::seed_from_u64(seed);
-                rng.set_stream((layer as u64) << 16 | stream);
+                let mut rng = stream_of(seed, layer, stream);
                 (0..count).map(|_| rng.random_range(-bound..=bound) as f32).collect()
+            }
+            Init::Normal { std, stream } => {
+                let mut rng = stream_of(seed, layer, stream);
+                // Box and Muller: one draw of a pair is enough.
+                let mut normal = || {
+                    let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
+                    (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+                };
+                (0..count).map(|_| (std * normal()) as f32).collect()
+            }
+            Init::Steps { low, high, stream } => {
+                let mut rng = stream_of(seed, layer, stream);
+                let step = |share: f64| (low.ln() + share * (high / low).ln()).exp();
+                (0..count).map(|_| step(rng.random()).exp_m1().ln() as f32).collect()
             }
         };
         Tensor::from_vec(data, shape, &Device::Cpu)
     }
+}
+
+/// The random numbers of one tensor of a layer.
+fn stream_of(seed: u64, layer: usize, stream: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream((layer as u64) << 16 | stream);
+    rng
 }
 
 /// LoRA on projections of the decoder: `y += scale * (x Aᵀ) Bᵀ`.

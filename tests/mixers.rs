@@ -20,7 +20,7 @@ use margay::recipe::Recipe;
 use random::{close, close_slices, flat, randn};
 
 const CPU: Device = Device::Cpu;
-const LENGTHS: [usize; 6] = [1, 7, 63, 64, 65, 300];
+const LENGTHS: [usize; 4] = [1, 7, 65, 200];
 const THETA: f64 = 100.0;
 
 /// Two query heads to a key head; with and without a window in the teacher.
@@ -53,7 +53,7 @@ fn each(mut visit: impl FnMut(&str, &Architecture, &dyn Design)) {
             for a in &architectures() {
                 let what = format!("{} variant {n}, teacher window {:?}", def.name, a.window);
                 design.check(a).unwrap_or_else(|problem| panic!("{what}: {problem}"));
-                if a.window.is_none() || design.build(a, params(design.as_ref(), a, DType::F32)).is_softmax() {
+                if a.window.is_none() || build(design.as_ref(), a, DType::F32).is_softmax() {
                     visit(&what, a, design.as_ref());
                 }
             }
@@ -72,7 +72,7 @@ fn params(design: &dyn Design, a: &Architecture, dtype: DType) -> Vec<Param> {
 }
 
 fn build(design: &dyn Design, a: &Architecture, dtype: DType) -> Box<dyn Mixer> {
-    design.build(a, params(design, a, dtype))
+    design.build(a, 0, params(design, a, dtype))
 }
 
 fn frequencies(dim: usize) -> Vec<f64> {
@@ -92,7 +92,14 @@ fn heads<R>(a: &Architecture, qkv: &Tensor, from: usize, f: impl FnOnce(&Heads) 
         Tensor::from_iter(cells.collect::<Vec<_>>(), &CPU)?.reshape((time, w.len()))?.to_dtype(qkv.dtype())
     };
     let (cos, sin) = (table(f64::cos).unwrap(), table(f64::sin).unwrap());
-    f(&Heads::new(qkv.clone(), a.heads, a.kv_heads, &cos, &sin)).unwrap()
+    f(&Heads::new(input(a, qkv), qkv.clone(), a.heads, a.kv_heads, &cos, &sin)).unwrap()
+}
+
+/// A layer input [B, T, N] that belongs to `qkv`: what depends on it depends on `qkv`, with a gradient.
+fn input(a: &Architecture, qkv: &Tensor) -> Tensor {
+    let (b, t, packed, d) = qkv.dims4().unwrap();
+    let mixing = (randn(&[packed * d, a.hidden], 55) * 0.15).unwrap().to_dtype(qkv.dtype()).unwrap();
+    qkv.reshape((b * t, packed * d)).unwrap().matmul(&mixing).unwrap().reshape((b, t, a.hidden)).unwrap()
 }
 
 /// `extend` over pieces of these sizes, the last one cut or repeated to fit.
@@ -257,8 +264,9 @@ fn every_parameter_has_a_gradient() {
             assert_eq!(gradient.dims(), param.var.dims());
             let values = flat(gradient);
             assert!(values.iter().all(|g| g.is_finite()), "{what}: `{}`", param.name);
-            // Every head has maps and factors of its own.
-            for (head, part) in values.chunks(values.len() / a.heads).enumerate() {
+            // Maps, factors and gates of heads are their own; the rest is shared.
+            let heads = if param.var.dims().iter().take(2).any(|d| *d == a.heads) { a.heads } else { 1 };
+            for (head, part) in values.chunks(values.len() / heads).enumerate() {
                 assert!(part.iter().any(|g| g.abs() > 1e-9), "{what}: head {head} of `{}` is not trained", param.name);
             }
         }
@@ -293,7 +301,7 @@ fn gradients_equal_finite_differences() {
         let r = flat(&randn(&[2, time, a.heads, a.head_dim], 77));
         let analytic = gradients(a, design, &qkv, false);
         let (start, x) = (params(design, a, DType::F64), Var::from_tensor(&qkv).unwrap());
-        let mixer = design.build(a, start.clone());
+        let mixer = design.build(a, 0, start.clone());
         let value = || {
             let (y, _) = heads(a, &x.as_tensor().detach(), 0, |h| mixer.parallel(h));
             dot(&flat(&y), &r)
@@ -333,13 +341,17 @@ fn weights_sum_to_one() {
             let sum = row.iter().sum::<f64>();
             // Features may all be zero under relu; a row without a window has then nothing to weigh.
             let empty = mixer.window() == 0 && !mixer.is_softmax() && row.iter().all(|w| *w == 0.0);
-            assert!((sum - 1.0).abs() < 1e-12 || empty, "{what}: row {i} sums to {sum}");
-            assert!(row[i % time + 1..].iter().all(|w| *w == 0.0) && row.iter().all(|w| *w >= 0.0), "{what}: row {i}");
+            assert!(row[i % time + 1..].iter().all(|w| *w == 0.0), "{what}: row {i} looks ahead");
+            if design.convex() {
+                assert!((sum - 1.0).abs() < 1e-12 || empty, "{what}: row {i} sums to {sum}");
+                assert!(row.iter().all(|w| *w >= 0.0), "{what}: row {i}");
+            }
         }
+        assert_eq!(weights.window.is_some(), mixer.window() > 0, "{what}");
         if let Some(window) = weights.window {
             for (i, row) in flat(&window).chunks(time).enumerate() {
-                let held = row.iter().sum::<f64>() as usize;
-                assert!(held <= mixer.window() && held >= mixer.window().min(1), "{what}: row {i} holds {held} keys");
+                let held = row.iter().filter(|w| **w != 0.0).count();
+                assert!(held <= mixer.window() && held >= 1, "{what}: row {i} holds {held} keys");
             }
         }
     });
@@ -370,7 +382,7 @@ fn states_have_their_declared_size() {
         assert_eq!(early, late, "{what}: the state grows with the context");
         // A window is full with the token that is being computed, whose key is not yet held.
         let key = if mixer.window() > 0 { 2 * a.kv_heads * a.head_dim * 4 } else { 0 };
-        assert_eq!(late + key, declared, "{what}");
+        assert!((late..=late + key).contains(&declared), "{what}: {late} bytes, {declared} declared");
         assert!(extend(a, mixer.as_ref(), &one, &[400]).1.bytes() <= declared, "{what}: after a prefill");
     });
 }
@@ -419,7 +431,15 @@ fn features(config: &Config, head: &[f64], weight: &[f64], bias: &[f64]) -> Vec<
     match config.feature_map {
         FeatureMap::SoftmaxDim => [softmax(1.0), softmax(-1.0)].concat(),
         FeatureMap::ExpDim => u.iter().map(|u| (u - top).exp()).chain(u.iter().map(|u| (low - u).exp())).collect(),
-        FeatureMap::Relu | FeatureMap::Elu => u.iter().map(|u| u.max(0.0)).collect(),
+        FeatureMap::Relu => u.iter().map(|u| u.max(0.0)).collect(),
+        // As 1 + s + s²/2 multiplies out.
+        FeatureMap::Taylor => {
+            let scale = (cols as f64).powf(-0.25);
+            let u: Vec<f64> = u.iter().map(|u| u * scale).collect();
+            let squares = u.iter().flat_map(|a| u.iter().map(move |b| a * b * 0.5f64.sqrt()));
+            std::iter::once(1.0).chain(u.iter().copied()).chain(squares).collect()
+        }
+        other => panic!("{other:?} is no map of LoLCATs"),
     }
 }
 
@@ -440,6 +460,7 @@ fn lolcats_equals_its_definition() {
         Config { window_kind: WindowKind::Terraced, affine: true, ..base.clone() },
         Config { feature_map: FeatureMap::ExpDim, feature_dim: 4, bias: Bias::Full, ..base.clone() },
         Config { feature_map: FeatureMap::Elu, ..base.clone() },
+        Config { feature_map: FeatureMap::Taylor, feature_dim: 3, ..base.clone() },
         Config { tie_qk: true, skip_connection: true, ..base },
         Config { bias: Bias::Head, feature_dim: 12, ..relu.clone() },
         Config { bias: Bias::Full, window_kind: WindowKind::Terraced, affine: true, ..relu },

@@ -84,8 +84,9 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
     let target = random(&[batch, time_steps, a.heads, a.head_dim], 1.0, b.dtype, &b.device)?;
     let mixer = &net.mixers[0];
     let flops = crate::mixers::Design::flops_per_token(&design, a, time_steps) * tokens;
+    let x = random(&[batch, time_steps, a.hidden], 1.0, b.dtype, &b.device)?;
     let loss = || -> Result<()> {
-        let heads = Heads::new(qkv.clone(), a.heads, a.kv_heads, &tables.0, &tables.1);
+        let heads = Heads::new(x.clone(), qkv.clone(), a.heads, a.kv_heads, &tables.0, &tables.1);
         let loss = mixer.output_mse(&heads, &target, 1000.0)?;
         let store = loss.backward()?;
         let missing = |p: &&Param| store.get(&p.var).is_none();
@@ -100,7 +101,6 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
 
     let work = Work { flops: 0.0, bytes: 2.0 * qkv_bytes, tokens };
     rows.extend(both(b, "rope", work, 1.0, &qkv, &|x| Ok(rope(x, &tables.0, &tables.1, a.heads + a.kv_heads)?))?);
-    let x = random(&[batch, time_steps, a.hidden], 1.0, b.dtype, &b.device)?;
     let weight = random(&[a.hidden], 1.0, b.dtype, &b.device)?;
     let work = Work { flops: 0.0, bytes: 2.0 * tokens * a.hidden as f64 * element, tokens };
     rows.extend(both(b, "rms_norm", work, 1.5, &x, &|x| Ok(rms_norm(x, &weight, a.norm_eps)?))?);

@@ -20,7 +20,6 @@ use crate::checkpoint::{Config, Headers, Place, Source, TensorInfo, byte_size};
 use crate::error::{Error, Kind, Result};
 use crate::families::{self, Architecture, Claim, Projection, Role};
 use crate::mixers::Design;
-use crate::params::Init;
 use crate::recipe::{self, Loaded};
 
 /// A conversion before it happens.
@@ -295,11 +294,7 @@ fn new_tensors(a: &Architecture, design: &dyn Design, layer: usize) -> Vec<Tenso
         bytes: 4 * spec.shape.iter().map(|d| *d as u64).product::<u64>(),
         shape: spec.shape,
         fate: Fate::New,
-        note: Some(match spec.init {
-            Init::Identity => "starts as the identity".into(),
-            Init::Constant(value) => format!("starts at {value:.4}"),
-            Init::Uniform { bound, .. } => format!("starts uniform in ±{bound:.4}"),
-        }),
+        note: Some(format!("starts {}", spec.init)),
     };
     design.specs(a).into_iter().map(new).collect()
 }

@@ -12,9 +12,10 @@ use candle_core::{D, DType, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use super::parts::maps::{Bias, FeatureMap};
+use super::parts::maps::{Form, Maps};
 use super::{Design, Heads, Mixer, MixerDef, PIECE, Spec, State, Weights};
 use crate::families::Architecture;
-use crate::ops::feature_map;
 use crate::ops::hybrid_attn::{HybridAttn, MIN_DENOMINATOR, Window, sigmoid};
 use crate::ops::softmax_attn::repeat_kv;
 use crate::params::{Init, Param};
@@ -58,28 +59,6 @@ pub enum WindowKind {
     Terraced,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Bias {
-    None,
-    Head,
-    Full,
-}
-
-/// Feature maps by the names of section 2 of the method papers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum FeatureMap {
-    /// softmax(xW) and softmax(-xW) side by side.
-    SoftmaxDim,
-    /// exp(u - max u) and exp(min u - u) side by side, u = xW.
-    ExpDim,
-    /// relu(xW + b), the map of T2R.
-    Relu,
-    /// elu(x) + 1, without parameters.
-    Elu,
-}
-
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -106,6 +85,7 @@ fn variants() -> Vec<Box<dyn Design>> {
         Config { affine: true, ..base.clone() },
         Config { feature_map: FeatureMap::ExpDim, feature_dim: 4, ..base.clone() },
         Config { feature_map: FeatureMap::Elu, ..base.clone() },
+        Config { feature_map: FeatureMap::Taylor, feature_dim: 3, ..base.clone() },
         Config { tie_qk: true, identity_init: false, ..base.clone() },
         Config { skip_connection: true, ..base },
         Config {
@@ -121,18 +101,16 @@ fn variants() -> Vec<Box<dyn Design>> {
 }
 
 impl Config {
-    fn cols(&self, a: &Architecture) -> usize {
-        match (self.feature_map, self.feature_dim) {
-            (FeatureMap::Elu, _) => a.head_dim,
-            (_, 0) => a.head_dim.min(64),
-            (_, cols) => cols,
+    fn form(&self, a: &Architecture) -> Form {
+        let cols = self.feature_map.cols(self.feature_dim, a.head_dim, a.head_dim.min(64));
+        Form {
+            kind: self.feature_map,
+            cols,
+            bias: self.bias,
+            tie_qk: self.tie_qk,
+            identity_init: self.identity_init,
+            skip_connection: self.skip_connection,
         }
-    }
-
-    /// Features per head.
-    fn width(&self, a: &Architecture) -> usize {
-        let sides = if matches!(self.feature_map, FeatureMap::SoftmaxDim | FeatureMap::ExpDim) { 2 } else { 1 };
-        sides * self.cols(a)
     }
 
     fn op_window(&self) -> Window {
@@ -149,144 +127,61 @@ impl Design for Config {
     }
 
     fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
-        if self.skip_connection && self.cols(a) != a.head_dim {
-            let cols = self.cols(a);
-            return Err(format!("`mixer.skip_connection` needs `feature_dim` = head_dim {}, not {cols}", a.head_dim));
+        if !self.feature_map.positive() {
+            return Err(
+                "`mixer.feature_map` must have features that are never negative here, since weights are divided \
+                        by their sum"
+                    .into(),
+            );
         }
-        if self.bias == Bias::Head && matches!(self.feature_map, FeatureMap::SoftmaxDim | FeatureMap::ExpDim) {
-            return Err("`mixer.bias` = \"head\" shifts all columns alike, which this `feature_map` cancels; \
-                        take \"full\" or \"none\""
-                .into());
-        }
-        Ok(())
+        self.form(a).check(a)
     }
 
     fn specs(&self, a: &Architecture) -> Vec<Spec> {
-        let (h, d, cols) = (a.heads, a.head_dim, self.cols(a));
-        let init = match (self.identity_init, self.skip_connection) {
-            (true, false) => Init::Identity,
-            (true, true) => Init::Constant(0.0),
-            (false, _) => Init::Uniform { bound: (6.0 / (d * cols) as f64).sqrt(), stream: 0 },
-        };
-        let mut specs = Vec::new();
-        let names = [
-            ("feature_map_q.mlp.layer", "feature_map_q.mlp.bias"),
-            ("feature_map_k.mlp.layer", "feature_map_k.mlp.bias"),
-        ];
-        if self.feature_map != FeatureMap::Elu {
-            for (weight, bias) in names.into_iter().take(if self.tie_qk { 1 } else { 2 }) {
-                specs.push(Spec { name: weight, shape: vec![h, d, cols], init, scalar: false });
-                // As the official code initialises it: Kaiming uniform with a fan-in of H.
-                let bias_init = Init::Uniform { bound: (6.0 / h as f64).sqrt(), stream: 1 };
-                match self.bias {
-                    Bias::None => {}
-                    Bias::Head => {
-                        specs.push(Spec { name: bias, shape: vec![1, h, 1, 1], init: bias_init, scalar: true })
-                    }
-                    Bias::Full => {
-                        specs.push(Spec { name: bias, shape: vec![h, cols], init: Init::Constant(0.0), scalar: true })
-                    }
-                }
-            }
-        }
+        let mut specs = self.form(a).specs(a);
         if self.window > 0 {
             let init = Init::Constant(self.window_factor);
-            specs.push(Spec { name: "window_factors", shape: vec![1, h, 1, 1], init, scalar: true });
+            specs.push(Spec { name: "window_factors", shape: vec![1, a.heads, 1, 1], init, scalar: true });
         }
         specs
     }
 
-    fn build(&self, a: &Architecture, params: Vec<Param>) -> Box<dyn Mixer> {
-        let group = a.heads / a.kv_heads;
-        let sources = (0..a.heads).chain((0..a.heads).map(|h| a.heads + h / group)).collect();
+    fn build(&self, a: &Architecture, _: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let affine = self.affine && self.window > 0;
         let attn = HybridAttn { heads: a.heads, kv_heads: a.kv_heads, window: self.op_window(), affine };
-        Box::new(Lolcats { config: self.clone(), attn, sources, cols: self.cols(a), params })
+        Box::new(Lolcats { attn, maps: self.form(a).build(a, &params), params })
     }
 
     fn state_bytes(&self, a: &Architecture, context: usize, element: usize) -> usize {
         let window = self.op_window().capacity().min(context);
-        2 * window * a.kv_heads * a.head_dim * element + 4 * a.heads * self.width(a) * (a.head_dim + 1)
+        2 * window * a.kv_heads * a.head_dim * element + 4 * a.heads * self.form(a).width() * (a.head_dim + 1)
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {
-        let (d, f, cols) = (a.head_dim as f64, self.width(a) as f64, self.cols(a) as f64);
+        let (d, f) = (a.head_dim as f64, self.form(a).width() as f64);
         let window = (self.op_window().capacity() as f64).min(seq_len as f64);
-        let maps = if self.feature_map == FeatureMap::Elu { 0.0 } else { 4.0 * d * cols };
-        a.heads as f64 * (maps + 4.0 * window * d + 2.0 * window * f + 4.0 * f * (d + 1.0))
+        a.heads as f64 * (self.form(a).flops(a) + 4.0 * window * d + 2.0 * window * f + 4.0 * f * (d + 1.0))
     }
 }
 
 struct Lolcats {
-    config: Config,
     attn: HybridAttn,
-    /// Head that each map reads: queries, then for every query head its key head.
-    sources: Vec<usize>,
-    cols: usize,
+    maps: Maps,
     params: Vec<Param>,
 }
 
 impl Lolcats {
-    fn param(&self, suffix: &str) -> Option<&Tensor> {
-        self.params.iter().find(|p| p.name.ends_with(suffix)).map(|p| p.var.as_tensor())
-    }
-
-    /// One tensor for the query and key maps: [2 H, ..].
-    fn both(&self, part: &str) -> Result<Option<Tensor>> {
-        let Some(q) = self.param(&format!("feature_map_q.mlp.{part}")) else { return Ok(None) };
-        let k = self.param(&format!("feature_map_k.mlp.{part}")).unwrap_or(q);
-        let flat = |x: &Tensor| if part == "bias" { x.reshape((self.attn.heads, ())) } else { Ok(x.clone()) };
-        Tensor::cat(&[flat(q)?, flat(k)?], 0).map(Some)
-    }
-
-    /// Weights of the maps of queries and keys, [2 H, D, C]; `None` for maps without weights.
-    fn map_weights(&self) -> Result<Option<Tensor>> {
-        let Some(weight) = self.both("layer")? else { return Ok(None) };
-        if self.config.skip_connection {
-            return weight.broadcast_add(&Tensor::eye(self.cols, weight.dtype(), weight.device())?).map(Some);
-        }
-        Ok(Some(weight))
-    }
-
-    /// The same where attention and maps may run as one op.
-    fn fusible_weights(&self) -> Result<Option<Tensor>> {
-        let fusible = self.config.feature_map == FeatureMap::SoftmaxDim && self.config.bias == Bias::None;
-        if fusible { self.map_weights() } else { Ok(None) }
-    }
-
-    /// φ [B, T, maps, F] of packed rotated heads by the maps that read `sources`, the last `sources.len()` of all maps.
-    fn features(&self, packed: &Tensor, sources: &[usize]) -> Result<Tensor> {
-        let from = self.sources.len() - sources.len();
-        let Some(weight) = self.map_weights()? else {
-            let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
-            return packed.contiguous()?.index_select(&index, 2)?.elu(1.0)? + 1.0;
-        };
-        let bias = match self.both("bias")? {
-            Some(bias) => bias.broadcast_as((self.sources.len(), self.cols))?.contiguous()?,
-            None => Tensor::zeros((self.sources.len(), self.cols), weight.dtype(), weight.device())?,
-        };
-        let activation = match self.config.feature_map {
-            FeatureMap::SoftmaxDim => feature_map::Activation::SoftmaxDim,
-            FeatureMap::ExpDim => feature_map::Activation::ExpDim,
-            FeatureMap::Relu | FeatureMap::Elu => feature_map::Activation::Relu,
-        };
-        let maps = feature_map::FeatureMap { activation, sources: sources.to_vec() };
-        let cut = |x: Tensor| if from == 0 { Ok(x) } else { x.narrow(0, from, sources.len()) };
-        maps.forward(packed, &cut(weight)?.to_dtype(packed.dtype())?, &cut(bias)?.to_dtype(packed.dtype())?)
-    }
-
     /// Window factors before the sigmoid, [H], in their own precision.
     fn factors(&self, like: &Tensor) -> Result<Tensor> {
-        match self.param("window_factors") {
-            Some(f) => f.flatten_all(),
+        match self.params.iter().find(|p| p.name.ends_with("window_factors")) {
+            Some(f) => f.var.flatten_all(),
             None => Tensor::zeros(self.attn.heads, like.dtype(), like.device()),
         }
     }
 
     /// φk [B, H, n, F] of rotated keys [B, n, Hkv, D].
     fn key_features(&self, k: &Tensor) -> Result<Tensor> {
-        let sources: Vec<usize> = self.sources[self.attn.heads..].iter().map(|s| s - self.attn.heads).collect();
-        self.features(k, &sources)?.transpose(1, 2)?.contiguous()
+        self.maps.keys(k)?.transpose(1, 2)?.contiguous()
     }
 
     /// The state after the first `T` tokens from their features [B, T, 2 H, F].
@@ -341,7 +236,7 @@ impl Lolcats {
         let heads = |x: &Tensor| repeat_kv(&wide(x)?.transpose(1, 2)?.contiguous()?, h / g);
         let (keys, values) = (heads(&k)?, heads(&v)?); // [B, H, m, D]
         let q = wide(&qkv.narrow(2, 0, h)?)?.transpose(1, 2)?.contiguous()?; // [B, H, n, D]
-        let fq = wide(&self.features(qkv, &self.sources)?.narrow(2, 0, h)?)?.transpose(1, 2)?.contiguous()?;
+        let fq = wide(&self.maps.queries(qkv)?)?.transpose(1, 2)?.contiguous()?;
         let sigma = sigmoid(&self.factors(&q)?.to_dtype(q.dtype())?)?.reshape((1, h, 1, 1))?;
         let lambda = if self.attn.affine { (1.0 - &sigma)? } else { sigma.ones_like()? };
 
@@ -391,30 +286,31 @@ impl Mixer for Lolcats {
     fn forward(&self, x: &Heads) -> Result<Tensor> {
         let qkv = x.rotated()?;
         let factors = self.factors(qkv)?;
-        if let Some(weight) = self.fusible_weights()?
+        if let Some(weight) = self.maps.fusible_weights()?
             && let Some(y) = self.attn.with_maps(qkv, &weight, &factors)?
         {
             return Ok(y);
         }
-        self.attn.forward(qkv, &self.features(qkv, &self.sources)?, &factors)
+        self.attn.forward(qkv, &self.maps.features(qkv)?, &factors)
     }
 
     fn output_mse(&self, x: &Heads, target: &Tensor, weight: f64) -> Result<Tensor> {
         let qkv = x.rotated()?;
         let factors = self.factors(qkv)?;
-        if let Some(maps) = self.fusible_weights()?
+        if let Some(maps) = self.maps.fusible_weights()?
             && let Some(loss) = self.attn.mse_with_maps(qkv, &maps, &factors, target, weight)?
         {
             return Ok(loss);
         }
-        self.attn.mse(qkv, &self.features(qkv, &self.sources)?, &factors, target, weight)
+        self.attn.mse(qkv, &self.maps.features(qkv)?, &factors, target, weight)
     }
 
     fn parallel(&self, x: &Heads) -> Result<(Tensor, Weights)> {
         let qkv = x.rotated()?;
-        let (y, all) = self.attn.parallel(qkv, &self.features(qkv, &self.sources)?, &self.factors(qkv)?)?;
-        let window = self.attn.window_mask(qkv.dim(1)?, qkv.dtype(), qkv.device())?;
-        Ok((y, Weights { all, window: Some(window) }))
+        let (y, all) = self.attn.parallel(qkv, &self.maps.features(qkv)?, &self.factors(qkv)?)?;
+        let inside = self.attn.window_mask(qkv.dim(1)?, qkv.dtype(), qkv.device())?;
+        let window = if self.window() > 0 { Some(all.broadcast_mul(&inside)?) } else { None };
+        Ok((y, Weights { all, window }))
     }
 
     fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor> {
@@ -422,7 +318,7 @@ impl Mixer for Lolcats {
         let time = qkv.dim(1)?;
         #[cfg(feature = "cuda")]
         if state.seen == 0 {
-            let features = self.features(qkv, &self.sources)?.detach();
+            let features = self.maps.features(qkv)?.detach();
             if let Some(y) = self.attn.on_gpu(qkv, &features, &self.factors(qkv)?)? {
                 self.begin(qkv, &features, state)?;
                 return Ok(y);
@@ -445,17 +341,17 @@ impl Mixer for Lolcats {
         device: &candle_core::Device,
     ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
         use crate::ops::decode::{Activation, Lolcats as Fixed, ring};
-        let (h, d, width) = (self.attn.heads, a.head_dim, self.config.width(a));
+        let (h, d, width) = (self.attn.heads, a.head_dim, self.maps.form.width());
         let halves = |x: Tensor, dtype: DType| -> Result<[Tensor; 2]> {
             let part = |from| x.narrow(0, from, h)?.to_dtype(dtype)?.copy();
             Ok([part(0)?, part(h)?])
         };
-        let maps = match self.map_weights()? {
+        let maps = match self.maps.weights()? {
             Some(weight) => Some(halves(weight, DType::BF16)?),
             None => None,
         };
-        let biases = match self.both("bias")? {
-            Some(bias) => Some(halves(bias.broadcast_as((2 * h, self.cols))?.contiguous()?, DType::F32)?),
+        let biases = match self.maps.both("bias")? {
+            Some(bias) => Some(halves(bias.broadcast_as((2 * h, self.maps.form.cols))?.contiguous()?, DType::F32)?),
             None => None,
         };
         let sum = |name, shape: &[usize]| match state.tensors.get(name) {
@@ -464,13 +360,18 @@ impl Mixer for Lolcats {
         };
         let row = [batch, self.attn.kv_heads, d];
         let slots = self.attn.window.capacity();
-        let activation = match self.config.feature_map {
+        let (window, terraced) = match self.attn.window {
+            Window::Sliding(n) => (n, false),
+            Window::Terraced(n) => (n, true),
+        };
+        let activation = match self.maps.form.kind {
             FeatureMap::SoftmaxDim => Activation::SoftmaxDim,
             FeatureMap::ExpDim => Activation::ExpDim,
             FeatureMap::Relu => Activation::Relu,
             FeatureMap::Elu => Activation::Elu,
+            other => candle_core::bail!("the map {other:?} has no one-token kernel"),
         };
-        let split = Fixed::split(batch, h, d, self.cols, activation, slots);
+        let split = Fixed::split(batch, h, d, self.maps.form.cols, activation, slots);
         let z = sum("z", &[batch, h, width])?.unsqueeze(2)?.broadcast_as((batch, h, split, width))?.contiguous()?;
         Ok(Box::new(Fixed {
             maps,
@@ -480,9 +381,9 @@ impl Mixer for Lolcats {
             ring_v: ring(state.tensors.get("v"), state.seen, slots, &row)?,
             s: sum("s", &[batch, h, width, d])?,
             z,
-            cols: self.cols,
-            window: self.config.window,
-            terraced: matches!(self.attn.window, Window::Terraced(_)),
+            cols: self.maps.form.cols,
+            window,
+            terraced,
             affine: self.attn.affine,
             activation,
         }))

@@ -3,8 +3,24 @@
 //! **Adding a mixer**: `src/mixers/<name>.rs` with its recipe keys (`Config`), a [`Design`] for them and a [`Mixer`]; a
 //! variant of [`crate::recipe::Mixer`]; a row in [`REGISTRY`]; one recipe. The tests in `tests/mixers.rs` walk the
 //! registry, so they already run on it: the three forms agree, nothing looks ahead, every parameter has a gradient.
+//!
+//! Most mixers are a [`linear::Linear`]: their formula once, composed of [`parts`] and computed in all forms by a
+//! [`pass::Pass`].
 
+pub mod delta;
+pub mod gla;
+pub mod gsa;
+pub mod hgrn2;
+pub mod lawcat;
+pub mod linear;
+pub mod lizard;
+pub mod lizard_paper;
 pub mod lolcats;
+pub mod mala;
+pub mod mamba2;
+pub mod parts;
+pub mod pass;
+pub mod rala;
 pub mod softmax;
 
 use std::cell::OnceCell;
@@ -18,7 +34,20 @@ use crate::ops::rope::rope;
 use crate::params::{Init, Param};
 
 /// Every mixer by its recipe name.
-pub const REGISTRY: &[MixerDef] = &[softmax::DEF, lolcats::DEF];
+pub const REGISTRY: &[MixerDef] = &[
+    softmax::DEF,
+    lolcats::DEF,
+    lizard::DEF,
+    lizard_paper::DEF,
+    lawcat::DEF,
+    gla::DEF,
+    hgrn2::DEF,
+    gsa::DEF,
+    delta::DEF,
+    mamba2::DEF,
+    mala::DEF,
+    rala::DEF,
+];
 
 /// One row of the registry.
 pub struct MixerDef {
@@ -36,12 +65,17 @@ pub trait Design {
     fn check(&self, architecture: &Architecture) -> std::result::Result<(), String>;
     /// The tensors it adds to a layer.
     fn specs(&self, architecture: &Architecture) -> Vec<Spec>;
-    /// The mixer with its tensors, in the order of `specs`.
-    fn build(&self, architecture: &Architecture, params: Vec<Param>) -> Box<dyn Mixer>;
+    /// The mixer of a layer with its tensors, in the order of `specs`.
+    fn build(&self, architecture: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer>;
     /// Bytes of one sequence's state after `context` tokens, in one layer; keys and values take `element` bytes.
     fn state_bytes(&self, architecture: &Architecture, context: usize, element: usize) -> usize;
     /// Multiply-adds times two per token and layer beyond the projections: forward, at `seq_len`.
     fn flops_per_token(&self, architecture: &Architecture, seq_len: usize) -> f64;
+    /// Whether every row of weights is non-negative and sums to 1, so that outputs lie where the teacher's do and
+    /// weights can be compared with the teacher's.
+    fn convex(&self) -> bool {
+        true
+    }
 }
 
 /// A tensor that a mixer adds.
@@ -91,16 +125,19 @@ pub trait Mixer: Send + Sync {
     }
 }
 
-/// Attention weights of [`Mixer::parallel`].
+/// Attention weights of [`Mixer::parallel`]: what each value weighs in a row before norms and gates of the output.
 pub struct Weights {
-    /// [B, H, T, T], rows sum to 1.
+    /// [B, H, T, T]; rows sum to 1 where [`Design::convex`] says so.
     pub all: Tensor,
-    /// [T, T], 1 where a weight belongs to the softmax window; `None` where all do.
+    /// The part of `all` that belongs to a softmax window, [B, H, T, T]; `None` where there is none.
     pub window: Option<Tensor>,
 }
 
-/// Queries, keys and values of some positions before position encoding, and the encoding to apply.
+/// Queries, keys and values of some positions before position encoding, the encoding to apply, and what they were
+/// projected from.
 pub struct Heads<'a> {
+    /// The layer's input behind its norm, [B, T, N]: what gates read.
+    pub x: Tensor,
     /// [B, T, H + 2 Hkv, D]
     pub qkv: Tensor,
     pub heads: usize,
@@ -112,8 +149,30 @@ pub struct Heads<'a> {
 }
 
 impl<'a> Heads<'a> {
-    pub fn new(qkv: Tensor, heads: usize, kv_heads: usize, cos: &'a Tensor, sin: &'a Tensor) -> Self {
-        Heads { qkv, heads, kv_heads, cos, sin, rotated: OnceCell::new() }
+    pub fn new(x: Tensor, qkv: Tensor, heads: usize, kv_heads: usize, cos: &'a Tensor, sin: &'a Tensor) -> Self {
+        Heads { x, qkv, heads, kv_heads, cos, sin, rotated: OnceCell::new() }
+    }
+
+    /// The same for mixers that do not rotate: `rotated` gives the heads as they are.
+    pub fn unrotated(&self) -> Heads<'a> {
+        let rotated = OnceCell::from(self.qkv.clone());
+        Heads { x: self.x.clone(), qkv: self.qkv.clone(), rotated, ..*self }
+    }
+
+    /// Queries [B, T, H, D], not rotated.
+    pub fn queries(&self) -> Result<Tensor> {
+        self.qkv.narrow(2, 0, self.heads)
+    }
+
+    /// Keys [B, T, Hkv, D], not rotated.
+    pub fn keys(&self) -> Result<Tensor> {
+        self.qkv.narrow(2, self.heads, self.kv_heads)
+    }
+
+    /// Values of every query head, [B, T, H, D].
+    pub fn values(&self) -> Result<Tensor> {
+        let own = self.qkv.narrow(2, self.heads + self.kv_heads, self.kv_heads)?;
+        pass::repeat(&own, self.heads / self.kv_heads)
     }
 
     /// The same with queries and keys rotated; computed once.

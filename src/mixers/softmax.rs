@@ -32,7 +32,7 @@ impl Design for Softmax {
         Vec::new()
     }
 
-    fn build(&self, a: &Architecture, _: Vec<Param>) -> Box<dyn Mixer> {
+    fn build(&self, a: &Architecture, _: usize, _: Vec<Param>) -> Box<dyn Mixer> {
         Box::new(SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window: a.window, softcap: None })
     }
 

@@ -83,7 +83,7 @@ impl Block {
         let x = rms_norm(x, &self.input_norm, self.norm_eps)?;
         let qkv = self.qkv.apply(self.layer, &x, lora, noise)?;
         let qkv = qkv.reshape((b, t, self.heads + 2 * self.kv_heads, self.head_dim))?;
-        Ok(Heads::new(qkv, self.heads, self.kv_heads, &tables.cos, &tables.sin))
+        Ok(Heads::new(x, qkv, self.heads, self.kv_heads, &tables.cos, &tables.sin))
     }
 
     /// The stream [B, T, N] after attention output `y` [B, T, H, D] and the MLP.

@@ -57,7 +57,7 @@ pub struct Net {
 impl Net {
     /// The teacher: softmax everywhere.
     pub fn teacher(architecture: &Architecture) -> Net {
-        let mixers = (0..architecture.layers).map(|_| Softmax.build(architecture, Vec::new())).collect();
+        let mixers = (0..architecture.layers).map(|l| Softmax.build(architecture, l, Vec::new())).collect();
         Net { mixers, adapters: None }
     }
 
@@ -70,10 +70,10 @@ impl Net {
     ) -> Result<Net> {
         let mixer = |layer: usize| {
             if !converted.contains(&layer) {
-                return Ok(Softmax.build(architecture, Vec::new()));
+                return Ok(Softmax.build(architecture, layer, Vec::new()));
             }
             let params = design.specs(architecture).into_iter().map(|spec| param(layer, spec));
-            Ok(design.build(architecture, params.collect::<Result<Vec<_>>>()?))
+            Ok(design.build(architecture, layer, params.collect::<Result<Vec<_>>>()?))
         };
         let mixers = (0..architecture.layers).map(mixer).collect::<Result<_>>()?;
         Ok(Net { mixers, adapters: None })

@@ -252,6 +252,35 @@ impl DeltaRule {
         Ok((o, s))
     }
 
+    /// The definition, token by token: q [B, T, H, D], k [B, T, Hkv, D], v [B, T, H, V] of any width, from an empty state.
+    pub fn recurrent(&self, q: &Tensor, k: &Tensor, v: &Tensor, beta: &Tensor, decay: Decay) -> Result<Tensor> {
+        let (batch, time, h, dim) = q.dims4()?;
+        let dtype = super::wide(v.dtype());
+        let unit = |x: &Tensor| {
+            let x = x.to_dtype(dtype)?.transpose(1, 2)?.contiguous()?;
+            match self.normalize {
+                true => x.broadcast_div(&(x.sqr()?.sum_keepdim(D::Minus1)? + NORM_EPS)?.sqrt()?),
+                false => Ok(x),
+            }
+        };
+        let (q, k) = ((unit(q)? * self.scale)?, repeat_kv(&unit(k)?, h / self.kv_heads)?);
+        let values = v.to_dtype(dtype)?.transpose(1, 2)?.contiguous()?;
+        let (beta, g) = self.gates(beta, decay, dtype)?;
+        let mut s = Tensor::zeros((batch, h, dim, v.dim(3)?), dtype, v.device())?;
+        let mut rows = Vec::with_capacity(time);
+        for t in 0..time {
+            let at = |x: &Tensor| x.narrow(2, t, 1)?.contiguous();
+            let (k, v) = (at(&k)?, at(&values)?);
+            if !matches!(decay, Decay::None) {
+                s = s.broadcast_mul(&at(&g)?.exp()?.t()?)?;
+            }
+            let u = (v - k.matmul(&s)?)?.broadcast_mul(&at(&beta)?)?;
+            s = (s + k.t()?.contiguous()?.matmul(&u)?)?;
+            rows.push(at(&q)?.matmul(&s)?);
+        }
+        Tensor::cat(&rows, 2)?.transpose(1, 2)?.contiguous()?.to_dtype(v.dtype())
+    }
+
     /// One token in plain tensor operations: `qkv` [B, 1, H + 2 Hkv, D] and the state before it; the result
     /// [B, 1, H, D] and the state after it.
     pub fn step(&self, qkv: &Tensor, beta: &Tensor, decay: Decay, state: &Tensor) -> Result<(Tensor, Tensor)> {

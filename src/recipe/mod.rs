@@ -86,6 +86,26 @@ pub struct Keep {
 pub enum Mixer {
     /// Learned feature maps beside a softmax window, one shared denominator (arXiv 2410.10254).
     Lolcats(crate::mixers::lolcats::Config),
+    /// Softmax window with sinks and gated linear attention behind it, one denominator (after arXiv 2507.09025).
+    Lizard(crate::mixers::lizard::Config),
+    /// Lizard as published: both branches normalised alone, nothing rotated (arXiv 2507.09025).
+    LizardPaper(crate::mixers::lizard_paper::Config),
+    /// Short convolution, Hedgehog features, GLA decay, normalised (arXiv 2509.18467).
+    Lawcat(crate::mixers::lawcat::Config),
+    /// Linear attention with a decaying state: GLA, simple GLA, RetNet, lightning, Liger-GLA (arXiv 2312.06635).
+    Gla(crate::mixers::gla::Config),
+    /// Gated linear attention whose keys are what its gates let go (arXiv 2404.07904).
+    Hgrn2(crate::mixers::hgrn2::Config),
+    /// Keys and values in a few gated slots (arXiv 2409.07146).
+    Gsa(crate::mixers::gsa::Config),
+    /// The delta rule: DeltaNet, gated DeltaNet, Kimi delta attention (arXiv 2406.06484, 2412.06464, 2510.26692).
+    Delta(crate::mixers::delta::Config),
+    /// Mamba-2 started from attention (arXiv 2405.21060).
+    Mamba2(crate::mixers::mamba2::Config),
+    /// Magnitude-aware linear attention, causal (arXiv 2507.00698).
+    Mala(crate::mixers::mala::Config),
+    /// Rank-augmented linear attention, causal (arXiv 2411.07635).
+    Rala(crate::mixers::rala::Config),
 }
 
 /// Text for training and validation.
@@ -452,6 +472,16 @@ impl Mixer {
     pub fn design(&self) -> &dyn crate::mixers::Design {
         match self {
             Mixer::Lolcats(config) => config,
+            Mixer::Lizard(config) => config,
+            Mixer::LizardPaper(config) => config,
+            Mixer::Lawcat(config) => config,
+            Mixer::Gla(config) => config,
+            Mixer::Hgrn2(config) => config,
+            Mixer::Gsa(config) => config,
+            Mixer::Delta(config) => config,
+            Mixer::Mamba2(config) => config,
+            Mixer::Mala(config) => config,
+            Mixer::Rala(config) => config,
         }
     }
 }

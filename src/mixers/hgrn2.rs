@@ -1,0 +1,153 @@
+//! HGRN2 (arXiv 2404.07904): gated linear attention whose key is what its gate lets go, key = 1 - e^g, so that a channel
+//! forgets as much as it takes in.
+//!
+//! ```text
+//! g = ln(b + (1 - b) σ(f))      f the layer's keys, b a learned lower bound of the decay
+//! S = diag(e^g) S + (1 - e^g) vᵀ      y = φqᵀ S
+//! ```
+//!
+//! With the layer's own projections as f, q and v it is Liger-HGRN2 (2503.01496). State: `s` [B, H, D, D] in f32; with a
+//! window `k`, `v` [B, w, Hkv, D], keys rotated.
+
+use candle_core::{Result, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::linear::{Layer, Linear, cast, log_sigmoid, sigmoid, state};
+use super::parts::beside::Beside;
+use super::parts::output::{Finish, Output, OutputGate};
+use super::pass::{Pass, repeat, wide_of};
+use super::{Design, Heads, Mixer, MixerDef, Spec};
+use crate::families::Architecture;
+use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::softmax_attn::softmax;
+use crate::params::{Init, Param};
+
+pub const DEF: MixerDef = MixerDef {
+    name: "hgrn2",
+    about: "gated linear attention whose keys are what its gates let go: HGRN2, Liger-HGRN2",
+    variants,
+};
+
+/// Keys of `[mixer]` with `kind = "hgrn2"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Features of queries.
+    pub query_map: QueryMap,
+    /// Learn a lower bound of the decay, one per head, from 0.
+    pub lower_bound: bool,
+    /// Norm and gate of the output.
+    pub output: Output,
+    /// Softmax window beside the linear branch.
+    pub window: Beside,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum QueryMap {
+    /// softmax(q), as Liger.
+    Softmax,
+    /// q σ(q), as HGRN2.
+    Silu,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config { query_map: QueryMap::Softmax, lower_bound: true, output: Output::default(), window: Beside::default() }
+    }
+}
+
+fn variants() -> Vec<Box<dyn Design>> {
+    let window = Beside { size: 8, ..Beside::default() };
+    let list = [
+        Config { window: window.clone(), ..Config::default() },
+        Config { lower_bound: false, window: Beside { learn: false, ..window }, ..Config::default() },
+        Config {
+            query_map: QueryMap::Silu,
+            output: Output { norm: true, gate: OutputGate::Silu },
+            window: Beside::none(),
+            ..Config::default()
+        },
+    ];
+    list.into_iter().map(|c| Box::new(c) as Box<dyn Design>).collect()
+}
+
+const LOWER: &str = "lower_bound";
+/// σ of this is the start of the lower bound: 0.018.
+const LOWER_START: f64 = -4.0;
+
+impl Design for Config {
+    fn name(&self) -> &'static str {
+        DEF.name
+    }
+
+    fn check(&self, _: &Architecture) -> std::result::Result<(), String> {
+        Ok(())
+    }
+
+    fn specs(&self, a: &Architecture) -> Vec<Spec> {
+        let mut specs = Vec::new();
+        if self.lower_bound {
+            let init = Init::Constant(LOWER_START);
+            specs.push(Spec { name: LOWER, shape: vec![a.heads], init, scalar: true });
+        }
+        specs.extend(self.output.specs(a));
+        specs.extend(self.window.specs(a));
+        specs
+    }
+
+    fn build(&self, a: &Architecture, _: usize, params: Vec<Param>) -> Box<dyn Mixer> {
+        let lower = params.iter().find(|p| p.name.ends_with(LOWER)).cloned();
+        let linear = Hgrn2 { query_map: self.query_map, lower, finish: self.output.build(a, &params) };
+        Box::new(Layer { linear, beside: self.window.build(&params), params })
+    }
+
+    fn state_bytes(&self, a: &Architecture, _: usize, element: usize) -> usize {
+        state(a.heads, a.head_dim, a.head_dim) + self.window.state_bytes(a, element)
+    }
+
+    fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {
+        let rule = 4.0 * (a.heads * a.head_dim * a.head_dim) as f64;
+        rule + self.output.flops(a) + self.window.flops(a, seq_len)
+    }
+
+    fn convex(&self) -> bool {
+        false
+    }
+}
+
+struct Hgrn2 {
+    query_map: QueryMap,
+    /// Logit of the lower bound, `[H]`.
+    lower: Option<Param>,
+    finish: Finish,
+}
+
+impl Linear for Hgrn2 {
+    fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
+        let queries = wide_of(&x.queries()?)?;
+        let q = match self.query_map {
+            QueryMap::Softmax => softmax(&queries)?,
+            QueryMap::Silu => queries.silu()?,
+        };
+        let f = repeat(&wide_of(&x.keys()?)?, x.heads / x.kv_heads)?;
+        // 1 - e^g = (1 - b) σ(-f), without the loss of a difference.
+        let (gates, k) = match &self.lower {
+            None => (log_sigmoid(&f)?, sigmoid(&f.neg()?)?),
+            Some(lower) => {
+                let bound = sigmoid(&cast(lower, &f)?)?.reshape((1, 1, x.heads, 1))?;
+                let k = sigmoid(&f.neg()?)?.broadcast_mul(&(1.0 - &bound)?)?;
+                let open = sigmoid(&f)?.broadcast_mul(&(1.0 - &bound)?)?;
+                (open.broadcast_add(&bound)?.log()?, k)
+            }
+        };
+        let like = |t: &Tensor| t.to_dtype(v.dtype());
+        let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+        pass.gated("s", op, [&like(&q)?, &like(&k)?, v], &gates)
+    }
+
+    fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
+        self.finish.apply(y, x)
+    }
+}

@@ -1,0 +1,127 @@
+//! Layers that are linear in their values: a recurrence over queries, keys and gates, written once as a [`Linear`] and
+//! computed in every form by a [`Pass`]; beside it, where asked, a softmax window.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::parts::beside::Mix;
+use super::pass::{Pass, unit_values, wide_of};
+use super::{Heads, Mixer, State, Weights};
+use crate::params::Param;
+
+/// The formula of a layer. Shapes as in [`super::pass`].
+pub trait Linear: Send + Sync {
+    /// Values [B, T, H, D] of the positions.
+    fn values(&self, x: &Heads, _: &mut Pass) -> Result<Tensor> {
+        x.values()
+    }
+
+    /// What `v` [B, T, H, V] becomes, linear in it: [B, T, H, V].
+    fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor>;
+
+    /// What is not linear in the values: norms and gates of the output. [B, T, H, D]
+    fn finish(&self, y: Tensor, _: &Heads) -> Result<Tensor> {
+        Ok(y)
+    }
+
+    /// Keys of the softmax window inside [`Linear::mix`]; 0 where there is none.
+    fn window(&self) -> usize {
+        0
+    }
+
+    /// The part of the weights that [`Linear::mix`] gives to that window: `mix` without the recurrence.
+    fn mix_window(&self, _: &Heads, _: &Tensor, _: &mut Pass) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+/// A [`Linear`] as the attention of a layer.
+pub struct Layer<L> {
+    pub linear: L,
+    /// A softmax window whose output is added.
+    pub beside: Option<Mix>,
+    pub params: Vec<Param>,
+}
+
+impl<L: Linear> Layer<L> {
+    fn run(&self, x: &Heads, pass: &mut Pass) -> Result<Tensor> {
+        let v = self.linear.values(x, pass)?;
+        let y = self.linear.finish(self.linear.mix(x, &v, pass)?, x)?;
+        match &self.beside {
+            Some(mix) => {
+                let window = pass.window(x, mix.size, &x.values()?)?.y;
+                mix.add(&window, &y)
+            }
+            None => Ok(y),
+        }
+    }
+}
+
+impl<L: Linear> Mixer for Layer<L> {
+    fn forward(&self, x: &Heads) -> Result<Tensor> {
+        self.run(x, &mut Pass::Whole)
+    }
+
+    fn parallel(&self, x: &Heads) -> Result<(Tensor, Weights)> {
+        let y = self.run(x, &mut Pass::Definition)?;
+        let (b, t, _, _) = x.qkv.dims4()?;
+        let unit = unit_values(b, t, x.heads, x.qkv.dtype(), &x.qkv)?;
+        let all = self.linear.mix(x, &unit, &mut Pass::Weights)?;
+        let inner = self.linear.mix_window(x, &unit, &mut Pass::Weights)?;
+        let (all, window) = match &self.beside {
+            Some(mix) => {
+                let window = Pass::Weights.window(x, mix.size, &unit)?.y;
+                (mix.add(&window, &all)?, Some(mix.add(&window, &all.zeros_like()?)?))
+            }
+            None => (all, inner),
+        };
+        let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous();
+        Ok((y, Weights { all: by_head(all)?, window: window.map(by_head).transpose()? }))
+    }
+
+    fn extend(&self, x: &Heads, state: &mut State) -> Result<Tensor> {
+        let y = self.run(x, &mut Pass::Continue(state))?;
+        state.seen += x.qkv.dim(1)?;
+        Ok(y)
+    }
+
+    fn params(&self) -> &[Param] {
+        &self.params
+    }
+
+    fn window(&self) -> usize {
+        self.beside.as_ref().map_or(self.linear.window(), |mix| mix.size)
+    }
+}
+
+/// A trained tensor in the precision of `like`.
+pub fn cast(param: &Param, like: &Tensor) -> Result<Tensor> {
+    param.var.to_dtype(like.dtype())
+}
+
+/// `x` [B, T, N] times a trained `weight` [out, N], in at least f32: [B, T, out].
+pub fn project(x: &Tensor, weight: &Param) -> Result<Tensor> {
+    let (b, t, n) = x.dims3()?;
+    let x = wide_of(x)?;
+    let weight = cast(weight, &x)?;
+    x.reshape((b * t, n))?.matmul(&weight.t()?)?.reshape((b, t, weight.dim(0)?))
+}
+
+/// ln(1 + e^x) without overflow.
+pub fn softplus(x: &Tensor) -> Result<Tensor> {
+    x.relu()? + ((x.abs()?.neg()?.exp()? + 1.0)?).log()?
+}
+
+/// ln σ(x) = -ln(1 + e^-x), at most 0.
+pub fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
+    softplus(&x.neg()?)?.neg()
+}
+
+/// σ(x).
+pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    log_sigmoid(x)?.exp()
+}
+
+/// Bytes of f32 states [H, K, V] and rows of a cache: what `state_bytes` of most mixers sums.
+pub fn state(heads: usize, keys: usize, values: usize) -> usize {
+    heads * keys * values * DType::F32.size_in_bytes()
+}

@@ -1,0 +1,177 @@
+//! Lizard with one shared denominator: a softmax window with sinks and gated linear attention behind it (after arXiv
+//! 2507.09025; formula in [`super::parts::shared`]).
+//!
+//! The published form normalises both branches alone and does not rotate ([`super::lizard_paper`]); with one denominator
+//! rows sum to 1 and no key counts twice. Gates and features are the published ones.
+//!
+//! State: `s` [B, H, F, D + 1] in f32; `k`, `v` [B, w, Hkv, D], keys rotated; `gates` [B, w - 1, H] or [B, w - 1, H, F],
+//! the log decays keys in the window have met.
+
+use candle_core::{Result, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::linear::{Layer, Linear, state};
+use super::parts::gate::{Decays, Gate, GateKind};
+use super::parts::maps::{FeatureMap, Form, Maps};
+use super::parts::shared::{Branch, Shared};
+use super::pass::Pass;
+use super::{Design, Heads, Mixer, MixerDef, Spec};
+use crate::families::Architecture;
+use crate::params::Param;
+
+pub const DEF: MixerDef = MixerDef {
+    name: "lizard",
+    about: "softmax window with sinks and gated linear attention behind it, one denominator",
+    variants,
+};
+
+/// Keys of `[mixer]` with `kind = "lizard"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Softmax keys, self included; 0 is gated linear attention alone.
+    pub window: usize,
+    /// Sink logits in the window's denominator.
+    pub sinks: usize,
+    /// Start of the window factor before the sigmoid (-2.197 is sigmoid 0.1).
+    pub window_factor: f64,
+    /// Features of rotated queries and keys, never negative.
+    pub feature_map: FeatureMap,
+    /// Columns of each feature-map weight; 0 takes `min(64, head_dim)`. Two-sided maps give twice as many features.
+    pub feature_dim: usize,
+    /// One map for queries and keys.
+    pub tie_qk: bool,
+    /// What the linear branch forgets.
+    pub gate: Gate,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            window: 128,
+            sinks: 4,
+            window_factor: -2.197_224_577_336_219_6,
+            feature_map: FeatureMap::SoftmaxDim,
+            feature_dim: 0,
+            tie_qk: false,
+            gate: Gate::of(GateKind::ScalarToken),
+        }
+    }
+}
+
+fn variants() -> Vec<Box<dyn Design>> {
+    let base = Config { window: 8, ..Config::default() };
+    let gate = |gate: Gate| Config { gate, ..base.clone() };
+    let list = [
+        base.clone(),
+        gate(Gate::of(GateKind::ScalarHead)),
+        gate(Gate::of(GateKind::Mamba2)),
+        Config { feature_dim: 4, ..gate(Gate { normaliser: 16.0, ..Gate::of(GateKind::LowRank) }) },
+        Config {
+            sinks: 0,
+            feature_map: FeatureMap::ExpDim,
+            feature_dim: 4,
+            ..gate(Gate { normaliser: 16.0, ..Gate::of(GateKind::Pooled) })
+        },
+        Config { window: 0, sinks: 0, tie_qk: true, ..base },
+    ];
+    list.into_iter().map(|c| Box::new(c) as Box<dyn Design>).collect()
+}
+
+const SINKS: &str = "lizard.sinks";
+
+impl Config {
+    fn form(&self, a: &Architecture) -> Form {
+        let cols = self.feature_map.cols(self.feature_dim, a.head_dim, a.head_dim.min(64));
+        Form { tie_qk: self.tie_qk, ..Form::new(self.feature_map, cols) }
+    }
+}
+
+impl Design for Config {
+    fn name(&self) -> &'static str {
+        DEF.name
+    }
+
+    fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
+        if !self.feature_map.positive() {
+            return Err(
+                "`mixer.feature_map` must have features that are never negative here, since weights are divided \
+                        by their sum"
+                    .into(),
+            );
+        }
+        if self.window == 0 && self.sinks > 0 {
+            return Err("`mixer.sinks` stand in the window's denominator: with `window` = 0 set them to 0".into());
+        }
+        self.form(a).check(a)
+    }
+
+    fn specs(&self, a: &Architecture) -> Vec<Spec> {
+        let form = self.form(a);
+        let mut specs = form.specs(a);
+        specs.extend(self.gate.specs(a, form.width()));
+        specs.extend(Shared::specs(a.heads, self.window, self.window_factor, SINKS, self.sinks));
+        specs
+    }
+
+    fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
+        let form = self.form(a);
+        let linear = Lizard {
+            maps: form.build(a, &params),
+            decays: self.gate.build(a, layer, form.width(), &params),
+            shared: Shared::build(self.window, SINKS, &params),
+        };
+        Box::new(Layer { linear, beside: None, params })
+    }
+
+    fn state_bytes(&self, a: &Architecture, _: usize, element: usize) -> usize {
+        let width = self.form(a).width();
+        let channels = if self.gate.per_channel() { width } else { 1 };
+        state(a.heads, width, a.head_dim + 1)
+            + 2 * self.window * a.kv_heads * a.head_dim * element
+            + state(a.heads, self.window.saturating_sub(1), channels)
+    }
+
+    fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {
+        let form = self.form(a);
+        let window = 4.0 * self.window.min(seq_len) as f64 * a.head_dim as f64;
+        let per_head = form.flops(a) + 4.0 * (form.width() * (a.head_dim + 1)) as f64 + window;
+        a.heads as f64 * per_head + self.gate.flops(a, form.width())
+    }
+
+    fn convex(&self) -> bool {
+        self.sinks == 0
+    }
+}
+
+struct Lizard {
+    maps: Maps,
+    decays: Decays,
+    shared: Shared,
+}
+
+impl Lizard {
+    fn both(&self, x: &Heads, v: &Tensor, pass: &mut Pass, window_only: bool) -> Result<Tensor> {
+        let branch = Branch {
+            queries: self.maps.queries(x.rotated()?)?,
+            gates: self.decays.log(x)?,
+            keys: &|k, _| self.maps.keys(k),
+        };
+        self.shared.mix(x, v, pass, &branch, window_only)
+    }
+}
+
+impl Linear for Lizard {
+    fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
+        self.both(x, v, pass, false)
+    }
+
+    fn window(&self) -> usize {
+        self.shared.size
+    }
+
+    fn mix_window(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Option<Tensor>> {
+        if self.shared.size == 0 { Ok(None) } else { self.both(x, v, pass, true).map(Some) }
+    }
+}

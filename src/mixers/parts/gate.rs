@@ -1,0 +1,194 @@
+//! What a state forgets: natural logarithms of decays, at most 0, in at least f32.
+
+use candle_core::{D, Result, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::families::Architecture;
+use crate::mixers::linear::{cast, log_sigmoid, project, softplus};
+use crate::mixers::pass::{repeat, wide_of};
+use crate::mixers::{Heads, Spec};
+use crate::params::{Init, Param};
+
+/// Where the decay comes from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Gate {
+    /// Which gate.
+    pub kind: GateKind,
+    /// Log decays of the sigmoid kinds are divided by this.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub normaliser: f64,
+    /// Start of the bias of the sigmoid kinds that have one: larger forgets less.
+    pub bias: f64,
+    /// Inner width of `low_rank`.
+    #[schemars(range(min = 1))]
+    pub rank: usize,
+}
+
+/// Kinds of gates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GateKind {
+    /// Nothing is forgotten.
+    None,
+    /// ln σ(w·x + b), one number per token for all heads.
+    ScalarToken,
+    /// ln σ(W x + b), one number per token and head.
+    ScalarHead,
+    /// -e^A softplus(W x + dt), one number per token and head, as in Mamba-2 and gated delta.
+    Mamba2,
+    /// ln σ(W2 W1 x + b), one number per key channel, as in GLA.
+    LowRank,
+    /// ln σ(k), one number per key channel, read off the keys themselves: no parameters, as in Liger.
+    Pooled,
+    /// ln(1 - 2^(-5 - h)) of head h, fixed, as in RetNet.
+    Retention,
+    /// -(8 / H)(1 - layer / layers) h of head h, fixed, as in lightning attention.
+    Lightning,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Gate { kind: GateKind::ScalarHead, normaliser: 1.0, bias: 4.0, rank: 16 }
+    }
+}
+
+/// Names of the tensors of a gate.
+const SCALAR: [&str; 2] = ["g_proj_decay.weight", "g_proj_decay.bias"];
+const LOW_RANK: [&str; 3] = ["gk_proj.0.weight", "gk_proj.1.weight", "gk_proj.1.bias"];
+const MAMBA: [&str; 3] = ["a_proj.weight", "A_log", "dt_bias"];
+
+impl Gate {
+    pub fn of(kind: GateKind) -> Gate {
+        Gate { kind, ..Gate::default() }
+    }
+
+    /// Whether it has one number per key channel.
+    pub fn per_channel(&self) -> bool {
+        matches!(self.kind, GateKind::LowRank | GateKind::Pooled)
+    }
+
+    /// Its tensors, for keys of `width` channels.
+    pub fn specs(&self, a: &Architecture, width: usize) -> Vec<Spec> {
+        let new = |name, shape: &[usize], init, scalar| Spec { name, shape: shape.to_vec(), init, scalar };
+        let scalars = |count: usize| {
+            vec![
+                new(SCALAR[0], &[count, a.hidden], Init::Constant(0.0), true),
+                new(SCALAR[1], &[count], Init::Constant(self.bias), true),
+            ]
+        };
+        match self.kind {
+            GateKind::None | GateKind::Pooled | GateKind::Retention | GateKind::Lightning => Vec::new(),
+            GateKind::ScalarToken => scalars(1),
+            GateKind::ScalarHead => scalars(a.heads),
+            GateKind::Mamba2 => vec![
+                new(MAMBA[0], &[a.heads, a.hidden], Init::Constant(0.0), true),
+                new(MAMBA[1], &[a.heads], Init::Constant(0.0), true),
+                new(MAMBA[2], &[a.heads], Init::Steps { low: 1e-3, high: 0.1, stream: 0x20 }, true),
+            ],
+            GateKind::LowRank => {
+                let channels = a.kv_heads * width;
+                let narrow = Init::Normal { std: 0.006, stream: 0x21 };
+                vec![
+                    new(LOW_RANK[0], &[self.rank, a.hidden], narrow, true),
+                    new(LOW_RANK[1], &[channels, self.rank], Init::Normal { std: 0.006, stream: 0x22 }, true),
+                    new(LOW_RANK[2], &[channels], Init::Constant(self.bias), true),
+                ]
+            }
+        }
+    }
+
+    /// The gate with its tensors, which are among `params`, for keys of `width` channels in `layer`.
+    pub fn build(&self, a: &Architecture, layer: usize, width: usize, params: &[Param]) -> Decays {
+        let names: &[&str] = match self.kind {
+            GateKind::ScalarToken | GateKind::ScalarHead => &SCALAR,
+            GateKind::Mamba2 => &MAMBA,
+            GateKind::LowRank => &LOW_RANK,
+            _ => &[],
+        };
+        let find = |name: &&str| params.iter().find(|p| p.name.ends_with(*name)).cloned();
+        let h = a.heads as f64;
+        let by_head = |f: &dyn Fn(f64) -> f64| (0..a.heads).map(|i| f(i as f64)).collect();
+        let fixed = match self.kind {
+            GateKind::Retention => by_head(&|i| (-(-5.0 - i).exp2()).ln_1p()),
+            GateKind::Lightning => by_head(&|i| -8.0 / h * (1.0 - layer as f64 / a.layers as f64) * i),
+            _ => Vec::new(),
+        };
+        let pool = (self.kind == GateKind::Pooled && width != a.head_dim).then_some(width);
+        Decays { gate: self.clone(), tensors: names.iter().filter_map(find).collect(), fixed, width, pool }
+    }
+
+    /// Multiply-adds times two per token.
+    pub fn flops(&self, a: &Architecture, width: usize) -> f64 {
+        let products: usize =
+            self.specs(a, width).iter().filter(|s| s.shape.len() == 2).map(|s| s.shape.iter().product::<usize>()).sum();
+        2.0 * products as f64
+    }
+}
+
+/// [`Gate`] with its tensors.
+pub struct Decays {
+    gate: Gate,
+    tensors: Vec<Param>,
+    /// Log decays of the heads where they are fixed.
+    fixed: Vec<f64>,
+    width: usize,
+    /// Channels per key head that keys are averaged to, where not their own.
+    pool: Option<usize>,
+}
+
+impl Decays {
+    /// Log decays: [B, T, H], [B, T, H, width] where they are per channel.
+    pub fn log(&self, x: &Heads) -> Result<Tensor> {
+        let (b, t, _, _) = x.qkv.dims4()?;
+        let h = x.heads;
+        let scaled = |logits: &Tensor| log_sigmoid(logits)? / self.gate.normaliser;
+        match (self.gate.kind, self.tensors.as_slice()) {
+            (GateKind::ScalarToken | GateKind::ScalarHead, [weight, bias]) => {
+                let logits = project(&x.x, weight)?;
+                let logits = logits.broadcast_add(&cast(bias, &logits)?)?;
+                scaled(&logits.broadcast_as((b, t, h))?.contiguous()?)
+            }
+            (GateKind::Mamba2, [weight, a_log, dt_bias]) => {
+                let step = project(&x.x, weight)?;
+                let step = softplus(&step.broadcast_add(&cast(dt_bias, &step)?)?)?;
+                step.broadcast_mul(&cast(a_log, &step)?.exp()?.neg()?)
+            }
+            (GateKind::LowRank, [first, second, bias]) => {
+                let logits = project(&project(&x.x, first)?, second)?;
+                let logits = logits.broadcast_add(&cast(bias, &logits)?)?;
+                repeat(&scaled(&logits)?.reshape((b, t, x.kv_heads, self.width))?, h / x.kv_heads)
+            }
+            (GateKind::Pooled, _) => repeat(&scaled(&self.pooled(x)?)?, h / x.kv_heads),
+            (GateKind::Retention | GateKind::Lightning, _) => {
+                let g =
+                    Tensor::new(self.fixed.as_slice(), x.qkv.device())?.to_dtype(crate::ops::wide(x.qkv.dtype()))?;
+                g.reshape((1, 1, h))?.broadcast_as((b, t, h))?.contiguous()
+            }
+            _ => Tensor::zeros((b, t, h), crate::ops::wide(x.qkv.dtype()), x.qkv.device()),
+        }
+    }
+
+    /// The keys' channels, averaged over neighbours where fewer are wanted: [B, T, Hkv, width].
+    fn pooled(&self, x: &Heads) -> Result<Tensor> {
+        pool(&wide_of(&x.keys()?)?, self.pool)
+    }
+}
+
+/// Adaptive average pooling of the channels of all heads of `x` [B, T, Hkv, D] to `width` per head.
+pub fn pool(x: &Tensor, width: Option<usize>) -> Result<Tensor> {
+    let (b, t, g, d) = x.dims4()?;
+    let Some(width) = width.filter(|w| *w != d) else { return Ok(x.clone()) };
+    if d % width == 0 {
+        return x.reshape((b, t, g, width, d / width))?.mean(D::Minus1);
+    }
+    let (from, to) = (g * d, g * width);
+    let cells = (0..from * to).map(|n| {
+        let (row, col) = (n / to, n % to);
+        let (start, end) = (col * from / to, ((col + 1) * from).div_ceil(to));
+        if (start..end).contains(&row) { 1.0 / (end - start) as f64 } else { 0.0 }
+    });
+    let average = Tensor::from_iter(cells, x.device())?.reshape((from, to))?.to_dtype(x.dtype())?;
+    x.reshape((b * t, from))?.matmul(&average)?.reshape((b, t, g, width))
+}

@@ -1,0 +1,265 @@
+//! Learned feature maps of queries and keys, one per query head for both (LoLCATs, Hedgehog, T2R, Lizard, LAWCAT, BASED).
+
+use candle_core::{D, Result, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::families::Architecture;
+use crate::mixers::Spec;
+use crate::mixers::pass::wide_of;
+use crate::ops::feature_map;
+use crate::ops::softmax_attn::softmax;
+use crate::params::{Init, Param};
+
+/// Feature maps by the names of section 2 of the method papers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FeatureMap {
+    /// softmax(xW) and softmax(-xW) side by side.
+    SoftmaxDim,
+    /// exp(u - max u) and exp(min u - u) side by side, u = xW.
+    ExpDim,
+    /// relu(xW + b), the map of T2R.
+    Relu,
+    /// elu(x) + 1, without parameters.
+    Elu,
+    /// softmax(x), without parameters: the map of Liger.
+    Softmax,
+    /// x itself: weights may be negative.
+    Identity,
+    /// x σ(x), without parameters: weights may be negative.
+    Silu,
+    /// 1, u, u_i², u_i u_j of u = xW, so that products are 1 + s + s²/2 with s = u·u' / sqrt(columns): the map of BASED.
+    Taylor,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Bias {
+    None,
+    Head,
+    Full,
+}
+
+impl FeatureMap {
+    /// Whether it is a product with a weight first.
+    pub fn learned(self) -> bool {
+        !matches!(self, FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu)
+    }
+
+    /// Whether no product of features is negative.
+    pub fn positive(self) -> bool {
+        !matches!(self, FeatureMap::Identity | FeatureMap::Silu)
+    }
+
+    /// Columns of its weight where `asked` is 0, for heads of `dim` channels.
+    pub fn cols(self, asked: usize, dim: usize, default: usize) -> usize {
+        match (self.learned(), asked) {
+            (false, _) => dim,
+            (true, 0) if self == FeatureMap::Taylor => dim.min(16),
+            (true, 0) => default,
+            (true, cols) => cols,
+        }
+    }
+}
+
+/// Everything that shapes a pair of maps.
+#[derive(Debug, Clone, Copy)]
+pub struct Form {
+    pub kind: FeatureMap,
+    /// Columns of each weight.
+    pub cols: usize,
+    pub bias: Bias,
+    /// One map for queries and keys.
+    pub tie_qk: bool,
+    /// Identity start; otherwise Kaiming uniform.
+    pub identity_init: bool,
+    /// Features see x + xW with W started at 0.
+    pub skip_connection: bool,
+}
+
+impl Form {
+    /// Untied maps that start as identities.
+    pub fn new(kind: FeatureMap, cols: usize) -> Form {
+        Form { kind, cols, bias: Bias::None, tie_qk: false, identity_init: true, skip_connection: false }
+    }
+
+    /// Features per head.
+    pub fn width(&self) -> usize {
+        match self.kind {
+            FeatureMap::SoftmaxDim | FeatureMap::ExpDim => 2 * self.cols,
+            FeatureMap::Relu => self.cols,
+            FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => self.cols,
+            FeatureMap::Taylor => 1 + self.cols + self.cols * (self.cols + 1) / 2,
+        }
+    }
+
+    /// Multiply-adds times two per token and head, queries and keys.
+    pub fn flops(&self, a: &Architecture) -> f64 {
+        if self.kind.learned() { 4.0 * (a.head_dim * self.cols) as f64 } else { 0.0 }
+    }
+
+    /// Says what cannot be, if so.
+    pub fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
+        if self.skip_connection && self.cols != a.head_dim {
+            let cols = self.cols;
+            return Err(format!("`mixer.skip_connection` needs `feature_dim` = head_dim {}, not {cols}", a.head_dim));
+        }
+        if self.bias == Bias::Head && matches!(self.kind, FeatureMap::SoftmaxDim | FeatureMap::ExpDim) {
+            return Err("`mixer.bias` = \"head\" shifts all columns alike, which this `feature_map` cancels; \
+                        take \"full\" or \"none\""
+                .into());
+        }
+        Ok(())
+    }
+
+    /// `feature_map_{q,k}.mlp.layer` [H, D, C] and their biases, as LoLCATs checkpoints name them.
+    pub fn specs(&self, a: &Architecture) -> Vec<Spec> {
+        let (h, d, cols) = (a.heads, a.head_dim, self.cols);
+        let init = match (self.identity_init, self.skip_connection) {
+            (true, false) => Init::Identity,
+            (true, true) => Init::Constant(0.0),
+            (false, _) => Init::Uniform { bound: (6.0 / (d * cols) as f64).sqrt(), stream: 0 },
+        };
+        let names = [
+            ("feature_map_q.mlp.layer", "feature_map_q.mlp.bias"),
+            ("feature_map_k.mlp.layer", "feature_map_k.mlp.bias"),
+        ];
+        let mut specs = Vec::new();
+        if !self.kind.learned() {
+            return specs;
+        }
+        for (weight, bias) in names.into_iter().take(if self.tie_qk { 1 } else { 2 }) {
+            specs.push(Spec { name: weight, shape: vec![h, d, cols], init, scalar: false });
+            // As the official code initialises it: Kaiming uniform with a fan-in of H.
+            let bias_init = Init::Uniform { bound: (6.0 / h as f64).sqrt(), stream: 1 };
+            match self.bias {
+                Bias::None => {}
+                Bias::Head => specs.push(Spec { name: bias, shape: vec![1, h, 1, 1], init: bias_init, scalar: true }),
+                Bias::Full => {
+                    specs.push(Spec { name: bias, shape: vec![h, cols], init: Init::Constant(0.0), scalar: true })
+                }
+            }
+        }
+        specs
+    }
+
+    /// The maps with their tensors, which are among `params`.
+    pub fn build(&self, a: &Architecture, params: &[Param]) -> Maps {
+        let group = a.heads / a.kv_heads;
+        let sources = (0..a.heads).chain((0..a.heads).map(|h| a.heads + h / group)).collect();
+        let ours = |p: &&Param| p.name.contains("feature_map_");
+        Maps { form: *self, heads: a.heads, sources, params: params.iter().filter(ours).cloned().collect() }
+    }
+}
+
+/// The maps of a layer.
+pub struct Maps {
+    pub form: Form,
+    heads: usize,
+    /// Head of packed queries, keys and values that each map reads: queries, then for every query head its key head.
+    pub sources: Vec<usize>,
+    params: Vec<Param>,
+}
+
+impl Maps {
+    fn param(&self, suffix: &str) -> Option<&Tensor> {
+        self.params.iter().find(|p| p.name.ends_with(suffix)).map(|p| p.var.as_tensor())
+    }
+
+    /// One tensor for the query and key maps: [2 H, ..].
+    pub fn both(&self, part: &str) -> Result<Option<Tensor>> {
+        let Some(q) = self.param(&format!("feature_map_q.mlp.{part}")) else { return Ok(None) };
+        let k = self.param(&format!("feature_map_k.mlp.{part}")).unwrap_or(q);
+        let flat = |x: &Tensor| if part == "bias" { x.reshape((self.heads, ())) } else { Ok(x.clone()) };
+        Tensor::cat(&[flat(q)?, flat(k)?], 0).map(Some)
+    }
+
+    /// Weights of the maps of queries and keys, [2 H, D, C]; `None` for maps without weights.
+    pub fn weights(&self) -> Result<Option<Tensor>> {
+        let Some(weight) = self.both("layer")? else { return Ok(None) };
+        if self.form.skip_connection {
+            return weight.broadcast_add(&Tensor::eye(self.form.cols, weight.dtype(), weight.device())?).map(Some);
+        }
+        Ok(Some(weight))
+    }
+
+    /// The same where attention and maps may run as one op.
+    pub fn fusible_weights(&self) -> Result<Option<Tensor>> {
+        let fusible = self.form.kind == FeatureMap::SoftmaxDim && self.form.bias == Bias::None;
+        if fusible { self.weights() } else { Ok(None) }
+    }
+
+    /// φ [B, T, maps, F] of packed heads by the maps that read `sources`, which are `from..` of all maps.
+    fn apply(&self, packed: &Tensor, from: usize, sources: &[usize]) -> Result<Tensor> {
+        let Some(weight) = self.weights()? else {
+            let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
+            let heads = packed.contiguous()?.index_select(&index, 2)?;
+            return match self.form.kind {
+                FeatureMap::Softmax => softmax(&wide_of(&heads)?)?.to_dtype(heads.dtype()),
+                FeatureMap::Silu => heads.silu(),
+                FeatureMap::Elu => heads.elu(1.0)? + 1.0,
+                _ => Ok(heads),
+            };
+        };
+        let (maps, cols) = (self.sources.len(), self.form.cols);
+        let bias = match self.both("bias")? {
+            Some(bias) => bias.broadcast_as((maps, cols))?.contiguous()?,
+            None => Tensor::zeros((maps, cols), weight.dtype(), weight.device())?,
+        };
+        let cut = |x: Tensor| if sources.len() == maps { Ok(x) } else { x.narrow(0, from, sources.len()) };
+        let (weight, bias) = (cut(weight)?.to_dtype(packed.dtype())?, cut(bias)?.to_dtype(packed.dtype())?);
+        let activation = match self.form.kind {
+            FeatureMap::SoftmaxDim => feature_map::Activation::SoftmaxDim,
+            FeatureMap::ExpDim => feature_map::Activation::ExpDim,
+            FeatureMap::Relu => feature_map::Activation::Relu,
+            FeatureMap::Taylor => return taylor(&projected(packed, sources, &weight, &bias)?),
+            FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => {
+                candle_core::bail!("a map without weights has none")
+            }
+        };
+        feature_map::FeatureMap { activation, sources: sources.to_vec() }.forward(packed, &weight, &bias)
+    }
+
+    /// φ of queries and of keys, side by side [B, T, 2 H, F], of packed heads [B, T, H + 2 Hkv, D].
+    pub fn features(&self, packed: &Tensor) -> Result<Tensor> {
+        self.apply(packed, 0, &self.sources)
+    }
+
+    /// φq [B, T, H, F] of heads [B, T, H or more, D] whose first are queries.
+    pub fn queries(&self, packed: &Tensor) -> Result<Tensor> {
+        self.apply(packed, 0, &self.sources[..self.heads])
+    }
+
+    /// φk [B, T, H, F] of keys [B, T, Hkv, D].
+    pub fn keys(&self, k: &Tensor) -> Result<Tensor> {
+        let sources: Vec<usize> = self.sources[self.heads..].iter().map(|s| s - self.heads).collect();
+        self.apply(k, self.heads, &sources)
+    }
+
+    /// φk [B, T, H, F] of keys that every query head has its own of, [B, T, H, D].
+    pub fn own_keys(&self, k: &Tensor) -> Result<Tensor> {
+        self.apply(k, self.heads, &self.sources[..self.heads])
+    }
+}
+
+/// x W + b of heads `sources`, [B, T, maps, C].
+fn projected(packed: &Tensor, sources: &[usize], weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
+    let x = packed.contiguous()?.index_select(&index, 2)?.transpose(1, 2)?.contiguous()?;
+    x.broadcast_matmul(weight)?.transpose(1, 2)?.broadcast_add(bias)?.contiguous()
+}
+
+/// The second-order Taylor map of `u` [.., C] (arXiv 2402.18668), the upper triangle only: [.., 1 + C + C (C + 1) / 2].
+fn taylor(u: &Tensor) -> Result<Tensor> {
+    let c = u.dim(D::Minus1)?;
+    let root = (c as f64).sqrt();
+    let pairs = (0..c).flat_map(|i| (i..c).map(move |j| (i as u32, j as u32)));
+    let (left, right): (Vec<u32>, Vec<u32>) = pairs.unzip();
+    let weights: Vec<f64> =
+        left.iter().zip(&right).map(|(i, j)| if i == j { 0.5f64.sqrt() / root } else { 1.0 / root }).collect();
+    let of = |index: Vec<u32>| u.index_select(&Tensor::new(index, u.device())?, u.rank() - 1);
+    let weights = Tensor::new(weights, u.device())?.to_dtype(u.dtype())?;
+    let second = (of(left)? * of(right)?)?.broadcast_mul(&weights)?;
+    Tensor::cat(&[u.narrow(D::Minus1, 0, 1)?.ones_like()?, (u / root.sqrt())?, second], D::Minus1)
+}
