@@ -1,5 +1,7 @@
 //! Measures of a model: perplexity, bits per byte, agreement with its teacher, exact recall.
 
+pub mod diagnose;
+
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
@@ -123,31 +125,4 @@ pub fn recall(model: Subject, tokenizer: &Tokenizer, items: &[RecallItem], progr
     }
     progress.end("");
     Ok(recall)
-}
-
-/// Share of the attention that each layer's linear part carries, mean over heads and positions, on one sequence [1, T]:
-/// `None` for softmax layers.
-pub fn linear_shares(model: Subject, ids: &Tensor) -> Result<Vec<Option<f64>>> {
-    let tables = model.decoder.tables(0, ids.dim(1)?)?;
-    let mut x = model.decoder.embed(ids)?;
-    let mut shares = Vec::with_capacity(model.net.mixers.len());
-    for (layer, mixer) in model.net.mixers.iter().enumerate() {
-        let block = model.decoder.block(layer);
-        let heads = block.heads(&x, &tables, model.net.adapters.as_ref(), None)?;
-        if mixer.is_softmax() {
-            shares.push(None);
-            x = block.finish(&x, &mixer.forward(&heads)?, model.net.adapters.as_ref(), None)?.detach();
-            continue;
-        }
-        let (y, weights) = mixer.parallel(&heads)?;
-        let inside = match &weights.window {
-            Some(window) => weights.all.broadcast_mul(window)?.sum_all()?,
-            None => weights.all.sum_all()?,
-        };
-        let total = weights.all.sum_all()?;
-        let scalar = |x: Tensor| x.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>();
-        shares.push(Some(1.0 - scalar(inside)? / scalar(total)?));
-        x = block.finish(&x, &y, model.net.adapters.as_ref(), None)?.detach();
-    }
-    Ok(shares)
 }

@@ -12,7 +12,8 @@ use super::merge::largest;
 use crate::checkpoint::{Checkpoint, writer};
 use crate::data::Split;
 use crate::error::{Error, Kind, Result};
-use crate::evaluate::{Quality, Subject, linear_shares, quality};
+use crate::evaluate::diagnose::{self, Branch, Diagnostics, LINEAR_SHARE, diagnose};
+use crate::evaluate::{Quality, Subject, quality};
 use crate::families::Claim;
 use crate::model::Steps;
 use crate::progress::{Progress, Silent};
@@ -52,6 +53,9 @@ pub struct Report {
     pub stages: Vec<Stage>,
     /// Share of the attention carried by the linear part, per layer; `None` where softmax was kept.
     pub linear_shares: Vec<Option<f64>>,
+    /// What every head of the converted layers does.
+    #[serde(default)]
+    pub diagnostics: Diagnostics,
     pub speeds: Vec<Speed>,
 }
 
@@ -157,24 +161,48 @@ pub fn verify(
         }
         report.stages.push(Stage { name: "exported".into(), quality: found });
     }
-    let length = ids.len().min(512);
-    let shares = linear_shares(subject, &Tensor::new(&ids[..length], device)?.unsqueeze(0)?)?;
-    if shares.iter().flatten().next().is_some() {
-        let idle: Vec<String> = shares
-            .iter()
-            .enumerate()
-            .filter(|(_, s)| s.is_some_and(|s| s < 0.01))
-            .map(|(layer, _)| layer.to_string())
-            .collect();
-        if !idle.is_empty() {
-            report.inform("layers whose linear part does nothing (share < 1 %)", idle.join(", "));
-        }
-    }
-    report.linear_shares = shares;
+    branches(&mut report, subject, &ids[..ids.len().min(512)], device)?;
     for context in against.contexts {
         report.speeds.push(speed(&model, subject, *context, &ids, device)?);
     }
     Ok(report)
+}
+
+/// Which branch of the converted layers does the work.
+fn branches(report: &mut Report, model: Subject, ids: &[u32], device: &Device) -> Result<()> {
+    let ids = Tensor::new(ids, device)?.unsqueeze(0)?;
+    let found = diagnose(model, &ids)?;
+    let mut shares = vec![None; model.net.mixers.len()];
+    if let Some(metric) = found.metrics.get(LINEAR_SHARE) {
+        for (layer, heads) in metric.layers.iter().zip(&metric.values) {
+            shares[*layer] = Some(heads.iter().sum::<f64>() / heads.len().max(1) as f64);
+        }
+    }
+    let split = |layer: &usize| model.net.mixers[*layer].window() > 0;
+    let idle = |test: fn(f64) -> bool| -> Vec<String> {
+        let layers = (0..shares.len()).filter(|l| split(l) && shares[*l].is_some_and(test));
+        layers.map(|l| l.to_string()).collect()
+    };
+    for (name, layers) in [
+        ("layers whose linear part does nothing (share < 1 %)", idle(|s| s < 0.01)),
+        ("layers whose window does nothing (share < 1 %)", idle(|s| s > 0.99)),
+    ] {
+        if !layers.is_empty() {
+            report.inform(name, layers.join(", "));
+        }
+    }
+    let whole = diagnose::loss(model, &ids)?;
+    for (name, left) in [("the linear part", Branch::Window), ("the window", Branch::Linear)] {
+        if let Some(loss) = diagnose::without(model, &ids, left)? {
+            // A branch that can go unnoticed does nothing, whatever its share.
+            let needless = if loss - whole < 0.01 { ": it does nothing" } else { "" };
+            let times = (loss - whole).min(50.0).exp();
+            report.inform(&format!("perplexity without {name}"), format!("{times:.3} ×{needless}"));
+        }
+    }
+    report.linear_shares = shares;
+    report.diagnostics = found;
+    Ok(())
 }
 
 /// Token ids to try the model on: validation text where there is some, else the reference prompt, repeated.

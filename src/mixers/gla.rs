@@ -193,4 +193,8 @@ impl Linear for Gla {
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         self.finish.apply(y, x)
     }
+
+    fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
+        if self.config.gate.kind != GateKind::None { self.decays.log(x).map(Some) } else { Ok(None) }
+    }
 }

@@ -158,4 +158,8 @@ impl Linear for Gsa {
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         self.finish.apply(y, x)
     }
+
+    fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
+        self.decays.log(x).map(Some)
+    }
 }

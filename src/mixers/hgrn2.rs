@@ -124,6 +124,19 @@ struct Hgrn2 {
     finish: Finish,
 }
 
+impl Hgrn2 {
+    /// Log decays and keys [B, T, H, D].
+    fn gates(&self, x: &Heads) -> Result<(Tensor, Tensor)> {
+        let f = repeat(&wide_of(&x.keys()?)?, x.heads / x.kv_heads)?;
+        // 1 - e^g = (1 - b) σ(-f), without the loss of a difference.
+        let Some(lower) = &self.lower else { return Ok((log_sigmoid(&f)?, sigmoid(&f.neg()?)?)) };
+        let bound = sigmoid(&cast(lower, &f)?)?.reshape((1, 1, x.heads, 1))?;
+        let k = sigmoid(&f.neg()?)?.broadcast_mul(&(1.0 - &bound)?)?;
+        let open = sigmoid(&f)?.broadcast_mul(&(1.0 - &bound)?)?;
+        Ok((open.broadcast_add(&bound)?.log()?, k))
+    }
+}
+
 impl Linear for Hgrn2 {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let queries = wide_of(&x.queries()?)?;
@@ -131,20 +144,13 @@ impl Linear for Hgrn2 {
             QueryMap::Softmax => softmax(&queries)?,
             QueryMap::Silu => queries.silu()?,
         };
-        let f = repeat(&wide_of(&x.keys()?)?, x.heads / x.kv_heads)?;
-        // 1 - e^g = (1 - b) σ(-f), without the loss of a difference.
-        let (gates, k) = match &self.lower {
-            None => (log_sigmoid(&f)?, sigmoid(&f.neg()?)?),
-            Some(lower) => {
-                let bound = sigmoid(&cast(lower, &f)?)?.reshape((1, 1, x.heads, 1))?;
-                let k = sigmoid(&f.neg()?)?.broadcast_mul(&(1.0 - &bound)?)?;
-                let open = sigmoid(&f)?.broadcast_mul(&(1.0 - &bound)?)?;
-                (open.broadcast_add(&bound)?.log()?, k)
-            }
-        };
+        let (gates, k) = self.gates(x)?;
         let like = |t: &Tensor| t.to_dtype(v.dtype());
         let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
         pass.gated("s", op, [&like(&q)?, &like(&k)?, v], &gates)
+    }
+    fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
+        Ok(Some(self.gates(x)?.0))
     }
 
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! Layers that are linear in their values: a recurrence over queries, keys and gates, written once as a [`Linear`] and
 //! computed in every form by a [`Pass`]; beside it, where asked, a softmax window.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 use super::parts::beside::Mix;
 use super::pass::{Pass, unit_values, wide_of};
@@ -21,6 +21,11 @@ pub trait Linear: Send + Sync {
     /// What is not linear in the values: norms and gates of the output. [B, T, H, D]
     fn finish(&self, y: Tensor, _: &Heads) -> Result<Tensor> {
         Ok(y)
+    }
+
+    /// Log decays of the state, [B, T, H] or [B, T, H, channels]; `None` where nothing decays.
+    fn decays(&self, _: &Heads) -> Result<Option<Tensor>> {
+        Ok(None)
     }
 
     /// Keys of the softmax window inside [`Linear::mix`]; 0 where there is none.
@@ -82,6 +87,11 @@ impl<L: Linear> Mixer for Layer<L> {
         let y = self.run(x, &mut Pass::Continue(state))?;
         state.seen += x.qkv.dim(1)?;
         Ok(y)
+    }
+
+    fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
+        let Some(gates) = self.linear.decays(x)? else { return Ok(None) };
+        if gates.rank() == 4 { gates.mean(D::Minus1).map(Some) } else { Ok(Some(gates)) }
     }
 
     fn params(&self) -> &[Param] {

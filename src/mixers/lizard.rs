@@ -174,4 +174,8 @@ impl Linear for Lizard {
     fn mix_window(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Option<Tensor>> {
         if self.shared.size == 0 { Ok(None) } else { self.both(x, v, pass, true).map(Some) }
     }
+
+    fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
+        self.decays.log(x).map(Some)
+    }
 }

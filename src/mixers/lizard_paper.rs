@@ -251,4 +251,8 @@ impl Linear for LizardPaper {
     fn mix_window(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Option<Tensor>> {
         self.anchor(x, v, pass).map(Some)
     }
+
+    fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
+        self.decays.log(x).map(Some)
+    }
 }

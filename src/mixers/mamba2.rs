@@ -177,6 +177,21 @@ impl Mamba2 {
         if self.config.silu { x.silu() } else { Ok(x) }
     }
 
+    /// softplus(W x + b): step sizes [B, T, H], or what σ of its negative keeps.
+    fn step(&self, x: &Heads) -> Result<Tensor> {
+        let Some((weight, bias)) = &self.step else { candle_core::bail!("mamba2 lacks its step sizes") };
+        let step = project(&x.x, weight)?;
+        softplus(&step.broadcast_add(&cast(bias, &step)?)?)
+    }
+
+    fn log_decays(&self, step: &Tensor) -> Result<Tensor> {
+        match &self.a_log {
+            Some(a) => step.broadcast_mul(&cast(a, step)?.exp()?.neg()?),
+            // σ(-a) = e^{-softplus(a)}
+            None => step.neg(),
+        }
+    }
+
     /// To unit length where asked.
     fn unit(&self, x: Tensor) -> Result<Tensor> {
         if !self.config.bc_norm {
@@ -198,16 +213,11 @@ impl Linear for Mamba2 {
         let b = self.unit(self.prepare(&x.keys()?, 1, pass)?)?;
         let c = self.unit(self.prepare(&x.queries()?, 2, pass)?)?;
         let b = repeat(&b, x.heads / x.kv_heads)?;
-        let Some((weight, bias)) = &self.step else { candle_core::bail!("mamba2 lacks its step sizes") };
-        let step = project(&x.x, weight)?;
-        let step = softplus(&step.broadcast_add(&cast(bias, &step)?)?)?; // [B, T, H]
-        let (gates, written) = match &self.a_log {
-            Some(a) => {
-                let rate = cast(a, &step)?.exp()?.neg()?;
-                (step.broadcast_mul(&rate)?, v.broadcast_mul(&step.unsqueeze(3)?.to_dtype(v.dtype())?)?)
-            }
-            // σ(-a) = e^{-softplus(a)}
-            None => (step.neg()?, v.clone()),
+        let step = self.step(x)?;
+        let gates = self.log_decays(&step)?;
+        let written = match self.config.layout {
+            Layout::MambaInLlama => v.broadcast_mul(&step.unsqueeze(3)?.to_dtype(v.dtype())?)?,
+            Layout::Mohawk => v.clone(),
         };
         let scale = if self.config.bc_norm { (x.qkv.dim(3)? as f64).sqrt() } else { 1.0 };
         let y = pass.gated("s", GatedLinearAttn { scale, gated: Channels::Keys }, [&c, &b, &written], &gates)?;
@@ -219,5 +229,9 @@ impl Linear for Mamba2 {
 
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         self.finish.apply(y, x)
+    }
+
+    fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
+        self.log_decays(&self.step(x)?).map(Some)
     }
 }

@@ -115,6 +115,11 @@ pub trait Mixer: Send + Sync {
     ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
         candle_core::bail!("a mixer has no one-token kernel")
     }
+    /// Natural logarithms of what the state keeps at each position, mean over its channels, [B, T, H]; `None` where it
+    /// forgets nothing by itself.
+    fn decays(&self, _: &Heads) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
     /// Most keys its softmax window holds; 0 where there is none.
     fn window(&self) -> usize {
         0
