@@ -207,6 +207,34 @@ fn all_forms_agree() {
     });
 }
 
+/// Activations in bf16 beside parameters in f32, as on a GPU: every form runs and stays near the exact one.
+#[test]
+fn half_precision() {
+    let time = 70;
+    each(|what, a, design| {
+        let exact = build(design, a, DType::F32);
+        let qkv = sequences(a, time, 1).to_dtype(DType::BF16).unwrap();
+        let (wanted, _) = heads(a, &qkv.to_dtype(DType::F32).unwrap(), 0, |h| exact.parallel(h));
+        let largest = flat(&wanted).iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+        let near = |form: &str, y: &Tensor| {
+            assert_eq!(y.dtype(), DType::BF16, "{what}, {form}");
+            let errors = flat(y).into_iter().zip(flat(&wanted)).map(|(a, b)| (a - b).powi(2));
+            let error = (errors.sum::<f64>() / y.elem_count() as f64).sqrt();
+            assert!(error < 0.02 * largest, "{what}, {form}: error {error:e}, largest {largest:e}");
+        };
+        near("forward", &heads(a, &qkv, 0, |h| exact.forward(h)));
+        near("definition", &heads(a, &qkv, 0, |h| Ok(exact.parallel(h)?.0)));
+        near("extend", &extend(a, exact.as_ref(), &qkv, &[57, 1]).0);
+        let x = Var::from_tensor(&qkv).unwrap();
+        let y = heads(a, x.as_tensor(), 0, |h| exact.forward(h));
+        let store = y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        for param in exact.params() {
+            let gradient = store.get(&param.var).unwrap_or_else(|| panic!("{what}: `{}`", param.name));
+            assert!(gradient.dtype() == DType::F32 && flat(gradient).iter().all(|g| g.is_finite()), "{what}");
+        }
+    });
+}
+
 #[test]
 fn nothing_looks_ahead() {
     let time = 150;
