@@ -13,7 +13,8 @@
 //! | [`data`] | text to packed token rows |
 //! | [`train`] | loop, optimiser, schedules, resume |
 //! | [`convert`] | the verbs: load → plan → swap → transfer → recover → merge → export → verify |
-//! | [`evaluate`] | perplexity, agreement with the teacher, recall |
+//! | [`evaluate`] | perplexity, by position too, agreement with the teacher, recall, multiple choice |
+//! | [`plot`] | line charts and heat maps as SVG |
 //! | [`generate`] | recurrent decoding |
 //! | [`mod@bench`] | speed on random weights, beside the machine's ceilings |
 //! | [`run_dir`] | one conversion's folder on disk: progress that survives a kill |
@@ -30,6 +31,7 @@ pub mod mixers;
 pub mod model;
 pub mod ops;
 pub mod params;
+pub mod plot;
 pub mod progress;
 pub mod recipe;
 pub mod run_dir;
