@@ -14,6 +14,7 @@
 //! | [`train`] | loop, optimiser, schedules, resume |
 //! | [`convert`] | the verbs: load → plan → swap → transfer → recover → merge → export → verify |
 //! | [`evaluate`] | perplexity, by position too, agreement with the teacher, recall, multiple choice |
+//! | [`report`](mod@report) | a conversion as one page of HTML |
 //! | [`plot`] | line charts and heat maps as SVG |
 //! | [`generate`] | recurrent decoding |
 //! | [`mod@bench`] | speed on random weights, beside the machine's ceilings |
@@ -34,6 +35,7 @@ pub mod params;
 pub mod plot;
 pub mod progress;
 pub mod recipe;
+pub mod report;
 pub mod run_dir;
 pub mod train;
 

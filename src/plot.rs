@@ -39,13 +39,13 @@ pub struct Series {
     pub name: String,
     /// Ascending in x.
     pub points: Vec<(f64, f64)>,
-    /// Drawn thin and pale behind the others.
-    pub faint: bool,
+    /// Whether each point has a dot with its value.
+    pub marked: bool,
 }
 
 impl Series {
     pub fn new(name: &str, points: Vec<(f64, f64)>) -> Series {
-        Series { name: name.into(), points, faint: false }
+        Series { name: name.into(), points, marked: true }
     }
 }
 
@@ -90,16 +90,15 @@ impl Lines<'_> {
         }
         label(&mut body, "middle muted", (left + right) / 2.0, height - 6.0, self.x.0);
         _ = write!(body, r#"<path class="axis" d="M{left} {bottom}H{right}"/>"#);
-        let (behind, before): (Vec<_>, Vec<_>) = self.series.iter().enumerate().partition(|(_, s)| s.faint);
-        for (i, series) in behind.into_iter().chain(before) {
-            let (colour, faint) = (i % COLOURS, if series.faint { " faint" } else { "" });
+        for (i, series) in self.series.iter().enumerate() {
+            let colour = i % COLOURS;
             let places: Vec<_> =
                 series.points.iter().filter(|p| keep(p)).map(|p| (p, x.place(p.0), y.place(p.1))).collect();
             let path: Vec<String> = places.iter().map(|(_, x, y)| format!("{x:.1} {y:.1}")).collect();
             if path.len() > 1 {
-                _ = write!(body, r#"<path class="line s{colour}{faint}" d="M{}"/>"#, path.join("L"));
+                _ = write!(body, r#"<path class="line s{colour}" d="M{}"/>"#, path.join("L"));
             }
-            if series.faint {
+            if !series.marked {
                 continue;
             }
             for ((px, py), x, y) in &places {
@@ -121,8 +120,8 @@ impl Lines<'_> {
             if x + wide > right && x > left {
                 (x, row) = (left, row + 1.0);
             }
-            let (y, faint) = (38.0 + 16.0 * row, if series.faint { " faint" } else { "" });
-            _ = write!(body, r#"<path class="line s{}{faint}" d="M{x:.1} {:.1}h16"/>"#, i % COLOURS, y - 4.0);
+            let y = 38.0 + 16.0 * row;
+            _ = write!(body, r#"<path class="line s{}" d="M{x:.1} {:.1}h16"/>"#, i % COLOURS, y - 4.0);
             label(body, "", x + 21.0, y, &series.name);
             x += wide;
         }
@@ -237,6 +236,9 @@ impl Axis {
     /// An axis a little longer than its values.
     fn over(values: impl Iterator<Item = f64>, scale: Scale, from: f64, to: f64) -> Axis {
         let (mut low, mut high) = extent(values);
+        if scale == Scale::Log && low <= 0.0 {
+            (low, high) = (1.0, 10.0); // no value at all
+        }
         let flat = high - low <= 1e-9 * high.abs();
         match scale {
             Scale::Linear if flat => (low, high) = (low - 0.5 * low.abs().max(1.0), high + 0.5 * high.abs().max(1.0)),

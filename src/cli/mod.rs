@@ -8,6 +8,7 @@ mod generate;
 pub mod output;
 mod plan;
 mod recipe;
+mod report;
 mod verify;
 
 use candle_core::Device;
@@ -71,6 +72,8 @@ pub enum Command {
     Verify(verify::Verify),
     /// Measure perplexity, agreement with a teacher, recall and multiple choice
     Eval(eval::Eval),
+    /// Show a conversion as one page of HTML
+    Report(report::Report),
     /// Continue a text, one token at a time
     Generate(generate::Generate),
     /// Shipped recipes and checks of your own
@@ -95,6 +98,7 @@ pub fn run(command: &Command, out: &'static Output) -> Result<()> {
         Command::Inspect(args) => args.run(out),
         Command::Verify(args) => args.run(out),
         Command::Eval(args) => args.run(out),
+        Command::Report(args) => args.run(out),
         Command::Generate(args) => args.run(out),
         Command::Recipe(command) => command.run(out),
         Command::Doctor(args) => args.run(out),

@@ -86,8 +86,7 @@ fn continuation(tokenizer: &Tokenizer, context: &str, choice: &str, longest: usi
     // A choice whose first token begins in the context is scored by its last token at least.
     let start = start.min(whole.len() - 1);
     let cut = whole.len().saturating_sub(longest).min(start - 1);
-    let ids = whole[cut..].to_vec();
-    Ok(Asked { spans: vec![start - cut..ids.len()], ids })
+    Ok(Asked::end(whole[cut..].to_vec(), start - cut))
 }
 
 /// `scores` has one entry for every choice of every item, in order.

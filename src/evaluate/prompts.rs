@@ -74,6 +74,9 @@ impl<'a> Prompts<'a> {
     /// Prompt `number` of a cell of the grid, at most `limit` tokens with its answers; `None` where it cannot be that
     /// short or needs more different tokens than there are.
     pub fn make(&self, task: Task, row: usize, column: usize, number: u64, limit: usize) -> Result<Option<Asked>> {
+        if column > limit {
+            return Ok(None); // a length or a distance: no need to make the text
+        }
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream((task as u64) << 60 | (row as u64) << 36 | (column as u64) << 12 | number);
         let made = match task {

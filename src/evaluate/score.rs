@@ -16,6 +16,14 @@ pub struct Asked {
     pub spans: Vec<Range<usize>>,
 }
 
+impl Asked {
+    /// A text that is scored from token `start` to its end.
+    pub fn end(ids: Vec<u32>, start: usize) -> Asked {
+        let span = start..ids.len();
+        Asked { ids, spans: vec![span] }
+    }
+}
+
 /// The tokens of one span, given all before them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Score {
