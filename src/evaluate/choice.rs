@@ -40,7 +40,7 @@ pub struct Answers {
 }
 
 /// Asks `model`, and the teacher where there is one. `shots` are answered questions put before each; `longest` bounds
-/// the tokens of a text.
+/// the tokens that are read of a text.
 pub fn choices(
     model: Subject,
     teacher: Option<Subject>,
@@ -76,7 +76,7 @@ fn joined(context: &str, choice: &str) -> String {
 fn continuation(tokenizer: &Tokenizer, context: &str, choice: &str, longest: usize) -> Result<Asked> {
     let whole = tokenizer.encode_prompt(&joined(context, choice))?;
     let start = tokenizer.encode_prompt(context.trim_end())?.len();
-    if start == 0 {
+    if start == 0 || whole.len() < 2 {
         return Err(Error::new(
             Kind::Data,
             "a question has an empty context, and the tokenizer no BOS to stand for it",
@@ -85,7 +85,7 @@ fn continuation(tokenizer: &Tokenizer, context: &str, choice: &str, longest: usi
     }
     // A choice whose first token begins in the context is scored by its last token at least.
     let start = start.min(whole.len() - 1);
-    let cut = whole.len().saturating_sub(longest).min(start - 1);
+    let cut = whole.len().saturating_sub(longest + 1).min(start - 1);
     Ok(Asked::end(whole[cut..].to_vec(), start - cut))
 }
 

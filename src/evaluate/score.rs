@@ -60,7 +60,7 @@ pub fn score(model: Subject, texts: &[Asked], progress: &dyn Progress) -> Result
 /// Shorter texts are padded behind their end, where no scored token looks.
 fn score_batch(model: Subject, texts: &[&Asked]) -> Result<Vec<Vec<Score>>> {
     let device = &model.decoder.device;
-    let width = texts.iter().map(|t| t.ids.len() - 1).max().unwrap_or(0);
+    let width = texts.iter().map(|t| t.ids.len().saturating_sub(1)).max().unwrap_or(0);
     let inputs = texts.iter().flat_map(|t| {
         let (_, seen) = t.ids.split_last().unwrap_or((&0, &[]));
         seen.iter().copied().chain(std::iter::repeat_n(0, width - seen.len()))

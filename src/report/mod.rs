@@ -49,7 +49,8 @@ impl Folder {
     /// Opens an export, the work folder of a run, or the output folder that an unfinished run has yet to make.
     pub fn open(dir: &Path) -> Result<Folder> {
         if let Some(manifest) = Manifest::read(dir)? {
-            let inspection = Inspection::of(&Headers::open(&dir.to_string_lossy())?)?;
+            let mut inspection = Inspection::of(&Headers::open(&dir.to_string_lossy())?)?;
+            inspection.id = name(dir); // a page names no folder of the machine it was made on
             let path = dir.join("training.jsonl");
             let log = match std::fs::read_to_string(&path) {
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -58,12 +59,12 @@ impl Folder {
             let source = Source::Export { manifest: Box::new(manifest), inspection: Box::new(inspection) };
             return Ok(Folder { dir: dir.into(), source, log });
         }
-        let Some((dir, record)) = run_dir::look(dir)? else {
+        let Some((dir, mut record)) = run_dir::look(dir)? else {
             let message = format!("`{}` is neither an export of margay nor the folder of a run", dir.display());
             return Err(Error::new(Kind::Output, message)
                 .hint("give a folder that `margay convert` wrote, or the `--out` of an unfinished conversion"));
         };
-        let log = record.log.clone();
+        let log = std::mem::take(&mut record.log);
         Ok(Folder { dir, source: Source::Run(record), log })
     }
 
@@ -121,12 +122,11 @@ impl Folder {
     }
 
     fn title(&self) -> String {
-        let folder = || self.dir.file_name().unwrap_or(self.dir.as_os_str()).to_string_lossy().into_owned();
         match &self.source {
             Source::Export { manifest, .. } => {
                 format!("{}, linearized", manifest.source.rsplit('/').next().unwrap_or_default())
             }
-            Source::Run(_) => format!("Unfinished conversion {}", folder().trim_end_matches(".margay")),
+            Source::Run(_) => format!("Unfinished conversion {}", name(&self.dir).trim_end_matches(".margay")),
         }
     }
 
@@ -150,7 +150,7 @@ impl Folder {
             Source::Export { manifest, inspection } => {
                 let revision = manifest.revision.as_ref().map(|r| format!(" at {r}")).unwrap_or_default();
                 let how = inspection.linearization.as_ref().map_or("every layer kept".into(), |l| {
-                    format!("`{}` in layers {}", l.mixer.design().name(), ranges(&l.layers))
+                    format!("{} in layers {}", l.mixer.design().name(), ranges(&l.layers))
                 });
                 page.lead(&format!("{}{revision}: {how}, by margay {}", manifest.source, manifest.margay));
                 page.lead(&format!("Recipe {}. {}", manifest.recipe_origin, manifest.recipe.about));
@@ -281,6 +281,12 @@ fn diagnostics(metrics: &Value) -> String {
         )
     };
     figures(&metrics.as_object().into_iter().flatten().filter_map(map).collect::<Vec<_>>())
+}
+
+/// The last part of a path.
+fn name(dir: &Path) -> String {
+    let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.into());
+    absolute.file_name().unwrap_or(dir.as_os_str()).to_string_lossy().into_owned()
 }
 
 /// A value as people write it: text without quotes, null as nothing.
