@@ -27,6 +27,7 @@ fn main() {
                 device: candle_core::Device::Cpu,
                 until: None,
                 restart: true,
+                tensorboard: None,
             };
             let t = std::time::Instant::now();
             match convert::convert(&o, &P) {

@@ -13,7 +13,9 @@
 //! | [`data`] | text to packed token rows |
 //! | [`train`] | loop, optimiser, schedules, resume |
 //! | [`convert`] | the verbs: load → plan → swap → transfer → recover → merge → export → verify |
-//! | [`evaluate`] | perplexity, agreement with the teacher, recall |
+//! | [`evaluate`] | perplexity, by position too, agreement with the teacher, recall, multiple choice |
+//! | [`report`](mod@report) | a conversion as one page of HTML |
+//! | [`plot`] | line charts and heat maps as SVG |
 //! | [`generate`] | recurrent decoding |
 //! | [`mod@bench`] | speed on random weights, beside the machine's ceilings |
 //! | [`run_dir`] | one conversion's folder on disk: progress that survives a kill |
@@ -30,8 +32,10 @@ pub mod mixers;
 pub mod model;
 pub mod ops;
 pub mod params;
+pub mod plot;
 pub mod progress;
 pub mod recipe;
+pub mod report;
 pub mod run_dir;
 pub mod train;
 

@@ -76,7 +76,9 @@ fn copy_without(missing: &str) -> TempDir {
 #[test]
 fn help() {
     assert_snapshot!("help", says(&["--help"]));
-    for name in ["convert", "plan", "inspect", "verify", "eval", "generate", "recipe", "doctor", "completions"] {
+    for name in
+        ["convert", "plan", "inspect", "verify", "eval", "report", "generate", "recipe", "doctor", "completions"]
+    {
         assert_snapshot!(format!("help-{name}"), says(&[name, "--help"]));
     }
     for name in ["list", "show", "copy", "check", "schema"] {
@@ -209,6 +211,38 @@ fn evaluation() {
     assert!(by_pairs.values().all(|r| keys(r) == ["right", "asked", "accuracy"]));
     assert_eq!(by_pairs.values().map(|r| r["asked"].as_u64().unwrap()).sum::<u64>(), 2);
     assert_eq!(keys(&json(&["eval", FIXTURE, "--recall", &prompts, "--json"])), ["recall"]);
+    let parts = json(&[&base[..], &["--by-position"]].concat());
+    assert_eq!(parts["positions"].as_array().unwrap().len(), 2);
+    assert_eq!(parts["tokens"], 1024);
+}
+
+#[test]
+fn suites() {
+    let dir = TempDir::new().unwrap();
+    let plot = dir.path().join("grids.svg").display().to_string();
+    let base = ["eval", FIXTURE, "--suite", "recall", "--samples", "1", "--seq-len", "96"];
+    let found = json(&[&base[..], &["--json", "--teacher", FIXTURE, "--plot", &plot]].concat());
+    let grids = found["recall_suite"]["grids"].as_array().unwrap();
+    assert_eq!(
+        grids.iter().map(|g| g["task"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["associative", "passkey", "copy", "induction"]
+    );
+    assert_eq!(fs::read_to_string(&plot).unwrap().matches("<svg ").count(), 1 + 8);
+    let table = says(&base);
+    assert!(table.contains("Associative recall") && table.contains("depth in % \\ length in tokens"), "{table}");
+
+    let file = dir.path().join("questions.jsonl").display().to_string();
+    let row =
+        |i: usize| format!("{{\"query\": \"Number {i}:\", \"choices\": [\"one\", \"zzzz\"], \"answer\": {}}}\n", i % 2);
+    fs::write(&file, (0..4).map(row).collect::<String>()).unwrap();
+    let mc = ["eval", FIXTURE, "--suite", "mc", &file, "--few-shot", "2", "--json"];
+    let answers = &json(&mc)["choices"];
+    assert_eq!((&answers["questions"], &answers["shots"]), (&2.into(), &2.into()));
+    assert_eq!(answers["gold"], serde_json::json!([1, 1]));
+    assert_eq!(json(&[&mc[..], &["--shots", &file]].concat())["choices"]["questions"], 4);
+    for wrong in [&["--suite", "mc"][..], &["--suite", "recall", &file], &["--recall", "x", "--plot", "p.svg"]] {
+        assert_ne!(margay(&[&["eval", FIXTURE], wrong].concat()).status.code(), Some(0), "{wrong:?}");
+    }
 }
 
 #[test]
@@ -287,22 +321,69 @@ fn convert(out: &Path) -> Vec<String> {
     args
 }
 
+/// The page that `report` writes: closed elements, nothing to load, no script.
+#[track_caller]
+fn page(args: &[&str], file: &Path) -> String {
+    assert_eq!(says(&[&["report"], args].concat()), "");
+    let html = fs::read_to_string(file).unwrap();
+    let bare = html.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+    for word in ["http", "src=", "@import", "url(", "<script", "<link", "NaN"] {
+        assert!(!bare.contains(word), "`{word}` in {}", file.display());
+    }
+    let mut open = Vec::new();
+    for tag in bare.split('<').skip(1).map(|rest| rest.split('>').next().unwrap()) {
+        let name = tag.split([' ', '\n']).next().unwrap();
+        match name.strip_prefix('/') {
+            Some(closed) => assert_eq!(open.pop(), Some(closed.to_string())),
+            None if tag.ends_with('/') || ["!doctype", "meta"].contains(&name) => {}
+            None => open.push(name.to_string()),
+        }
+    }
+    assert!(open.is_empty(), "{open:?}");
+    html
+}
+
+fn anchors(html: &str) -> Vec<&str> {
+    html.split("<section id=\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect()
+}
+
+/// A browser, where there is one, reads the page as it was written.
+fn in_a_browser(file: &Path, html: &str) {
+    let browsers = ["chromium", "chromium-browser", "google-chrome"];
+    let dump = |name: &&str| {
+        let mut browser = Command::new(name);
+        browser.args(["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]);
+        browser.arg(format!("file://{}", file.display())).stderr(Stdio::null()).output().ok()
+    };
+    let Some(output) = browsers.iter().find_map(dump) else { return eprintln!("skipped: no browser") };
+    let dom = stdout(&output);
+    assert_eq!(anchors(&dom), anchors(html));
+    for tag in ["<svg ", "<table", "<tr", "<td", "<path ", "<rect ", "<text "] {
+        assert_eq!(dom.matches(tag).count(), html.matches(tag).count(), "{tag}");
+    }
+}
+
 #[test]
 fn conversion_and_verification() {
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("out");
     let export = out.display().to_string();
-    let args = convert(&out);
+    let (args, events) = (convert(&out), dir.path().join("events").display().to_string());
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
 
     let planned = margay(&[&args[..], &["--until", "plan"]].concat());
     assert!(planned.status.success() && stderr(&planned).contains("nothing was written"));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-    let halfway = margay(&[&args[..], &["--until", "transfer"]].concat());
+    let halfway = margay(&[&args[..], &["--until", "transfer", "--tensorboard", &events]].concat());
     assert!(halfway.status.success(), "{}", stderr(&halfway));
     assert_eq!(stdout(&halfway), "");
+    let unfinished = page(&[&export], &dir.path().join("out.margay/report.html"));
+    assert_eq!(anchors(&unfinished), ["quality", "training", "recipe"]);
 
-    let done = margay(&[&args[..], &["--no-progress"]].concat());
+    let done = margay(&[&args[..], &["--no-progress", "--tensorboard", &events]].concat());
+    let file = fs::read_dir(&events).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
+    let text = String::from_utf8_lossy(&fs::read(&file[0]).unwrap()).into_owned();
+    assert_eq!((file.len(), text.matches("recover/validation loss").count() > 1), (1, true));
     let (table, told) = (stdout(&done), stderr(&done));
     assert!(done.status.success(), "{told}");
     assert!(told.contains("continuing the unfinished run") && told.contains("margay generate"), "{told}");
@@ -323,6 +404,21 @@ fn conversion_and_verification() {
     assert_eq!(measured["perplexity"], report["stages"][0]["quality"]["perplexity"]);
     assert_eq!(json(&["inspect", &export, "--json"])["mixers"][0], "lolcats");
     says(&["generate", &export, "--prompt", "The", "--max-tokens", "4"]);
+
+    let html = page(&[&export], &out.join("report.html"));
+    let parts = ["quality", "training", "verification", "memory", "plan", "data", "recipe"];
+    assert_eq!(anchors(&html), parts);
+    // Two losses of each stage and the layers of one; memory and speed have one figure where one context was timed.
+    assert_eq!(html.matches("<svg ").count(), 6);
+    let own = dir.path().join("full.html");
+    let own_text = own.display().to_string();
+    let suites = ["--suites", "--samples", "1", "--seq-len", "128", "--tokens", "1024", "--out", &own_text];
+    let more =
+        [&[&export[..]], &suites[..], &["--data", "fixtures/llama-tiny/valid.jsonl", "--teacher", FIXTURE]].concat();
+    let html = page(&more, &own);
+    assert_eq!(anchors(&html)[2..4], ["recall", "position"]);
+    assert_eq!(html.matches("<svg ").count(), 6 + 8 + 1);
+    in_a_browser(&own, &html);
 
     let weights = out.join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();

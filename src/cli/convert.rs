@@ -31,6 +31,9 @@ pub struct Convert {
     /// Throw away the progress of an unfinished run
     #[arg(long)]
     restart: bool,
+    /// Write losses, learning rate and tokens/s as TensorBoard event files; a folder for each run
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
     /// Print the verification as JSON
     #[arg(long)]
     json: bool,
@@ -87,7 +90,8 @@ impl Convert {
 
         let until = self.until.map(Until::from);
         let model = self.model.clone();
-        let options = Options { model, recipe, out: self.out.clone(), device, until, restart: self.restart };
+        let (out_dir, tensorboard) = (self.out.clone(), self.tensorboard.clone());
+        let options = Options { model, recipe, out: out_dir, device, until, restart: self.restart, tensorboard };
         let done = convert::convert(&options, out)?;
 
         let (folder, name) = (self.out.display(), quoted(&self.out.to_string_lossy()));

@@ -8,6 +8,7 @@ mod generate;
 pub mod output;
 mod plan;
 mod recipe;
+mod report;
 mod verify;
 
 use candle_core::Device;
@@ -69,8 +70,10 @@ pub enum Command {
     Inspect(plan::Inspect),
     /// Reopen an exported model and check it
     Verify(verify::Verify),
-    /// Measure perplexity, agreement with a teacher, and recall
+    /// Measure perplexity, agreement with a teacher, recall and multiple choice
     Eval(eval::Eval),
+    /// Show a conversion as one page of HTML
+    Report(report::Report),
     /// Continue a text, one token at a time
     Generate(generate::Generate),
     /// Shipped recipes and checks of your own
@@ -95,6 +98,7 @@ pub fn run(command: &Command, out: &'static Output) -> Result<()> {
         Command::Inspect(args) => args.run(out),
         Command::Verify(args) => args.run(out),
         Command::Eval(args) => args.run(out),
+        Command::Report(args) => args.run(out),
         Command::Generate(args) => args.run(out),
         Command::Recipe(command) => command.run(out),
         Command::Doctor(args) => args.run(out),
@@ -202,7 +206,7 @@ pub struct TextArgs {
     /// Text to measure on: file, glob, folder or hub data set; may be repeated
     #[arg(long, value_name = "SOURCE")]
     data: Vec<String>,
-    /// Tokens of each row [default: what the model was made for, at most 1024]
+    /// Tokens of each row or longest prompt [default: what the model was made for, at most 1024]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     seq_len: Option<u32>,
     /// Use the first N tokens only
@@ -211,6 +215,11 @@ pub struct TextArgs {
 }
 
 impl TextArgs {
+    /// Tokens of each row for a model of so many positions.
+    fn row_len(&self, positions: usize) -> usize {
+        self.seq_len.map_or(positions.min(1024), |n| n as usize)
+    }
+
     /// The rows, `None` without `--data`.
     fn rows(
         &self,
@@ -223,10 +232,27 @@ impl TextArgs {
         if self.data.is_empty() {
             return Ok(None);
         }
-        let seq_len = self.seq_len.map_or(positions.min(1024), |n| n as usize);
+        let seq_len = self.row_len(positions);
         let cache = margay::convert::cache_dir();
         let rows = data::eval_rows(&self.data, settings, tokenizer, seq_len, &cache, out)?;
         Ok(Some(rows.limit(self.tokens.map_or(most, |n| n as usize))))
+    }
+}
+
+/// The generated recall suite.
+#[derive(Args)]
+pub struct SuiteArgs {
+    /// Prompts of each cell of the recall suite
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    samples: u16,
+    /// Seed of the generated prompts
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+}
+
+impl SuiteArgs {
+    fn settings(&self, longest: usize) -> margay::evaluate::recall::Settings {
+        margay::evaluate::recall::Settings { seed: self.seed, samples: self.samples.into(), longest }
     }
 }
 

@@ -95,7 +95,8 @@ pub fn print(report: &Report, as_json: bool, out: &Output) -> Result<()> {
     out.tables(&sections(report))
 }
 
-fn sections(report: &Report) -> Vec<Section> {
+/// The tables of a report.
+pub fn sections(report: &Report) -> Vec<Section> {
     let mut sections = Vec::new();
     if !report.stages.is_empty() {
         sections.push(quality(&report.stages));

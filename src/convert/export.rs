@@ -28,6 +28,9 @@ pub struct Manifest {
     pub recipe: crate::recipe::Recipe,
     pub recipe_origin: String,
     pub data: Value,
+    /// Layers converted and kept, tensors of each fate, and the dropped ones.
+    #[serde(default)]
+    pub plan: Value,
     pub seconds: f64,
     /// Outcome of each stage, with losses per layer.
     pub stages: BTreeMap<String, Value>,

@@ -47,6 +47,8 @@ pub struct Options {
     pub until: Option<Until>,
     /// Forget an unfinished run.
     pub restart: bool,
+    /// Write TensorBoard event files here too.
+    pub tensorboard: Option<PathBuf>,
 }
 
 /// A stage to stop after.
@@ -105,6 +107,9 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         program: env!("CARGO_PKG_VERSION").into(),
     };
     let mut run = RunDir::open(out, &fingerprint, options.restart)?;
+    if let Some(dir) = &options.tensorboard {
+        run.tensorboard(dir)?;
+    }
     let mut decoder = model.decoder(device, progress)?;
     let teacher = Net::teacher(model.architecture());
     let design = recipe.mixer.design();
@@ -191,6 +196,11 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
             "tokens": corpus.tokens(),
             "validation_tokens": valid.len() * valid.seq_len(),
             "digest": corpus.digest(),
+        }),
+        plan: json!({
+            "layers": plan.layers,
+            "fates": plan.fates,
+            "dropped": plan.tensors.iter().filter(|t| t.fate == plan::Fate::Dropped).collect::<Vec<_>>(),
         }),
         seconds: outcomes.iter().map(|(_, o)| o.seconds).sum(),
         stages: outcomes.iter().map(|(name, o)| (name.to_string(), json!(o))).collect(),

@@ -10,6 +10,7 @@
 //! resumed run sees exactly the data an uninterrupted one would.
 
 mod cache;
+mod choice;
 mod formats;
 mod recall;
 pub mod sources;
@@ -23,6 +24,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 
+pub use choice::{ChoiceItem, read_choices};
 pub use formats::alpaca_prompt;
 pub use recall::{RecallItem, read_recall};
 pub use tokenizer::Tokenizer;

@@ -146,9 +146,39 @@ impl Tokenizer {
         Ok([self.lead.as_slice(), &self.encode(text)?].concat())
     }
 
+    /// The ids of `text` alone, each with the offset in bytes at which the token ends in the text.
+    pub fn encode_with_ends(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+        let encoding = self.inner.encode(text, false).map_err(failed)?;
+        let ends = encoding.get_offsets().iter().map(|(_, end)| *end);
+        Ok(encoding.get_ids().iter().copied().zip(ends).collect())
+    }
+
     /// For each text its ids, each with the offset in bytes at which the token ends in the text; in parallel.
     pub(super) fn encode_batch(&self, texts: Vec<&str>) -> Result<Vec<tokenizers::Encoding>> {
         self.inner.encode_batch(texts, false).map_err(failed)
+    }
+
+    /// What the tokenizer puts before a prompt, usually BOS or nothing.
+    pub fn lead(&self) -> &[u32] {
+        &self.lead
+    }
+
+    /// The ordinary tokens that stand for a text of their own, ascending, each with that text: no special or added
+    /// token, no piece of a character, none that the tokenizer would not itself write for its text.
+    pub fn words(&self) -> Result<Vec<(u32, String)>> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut words = Vec::new();
+        for id in (0..=self.largest_id).filter(|id| !added.contains_key(id)) {
+            let text = self.decode(&[id])?;
+            if !text.is_empty() && !text.contains(char::REPLACEMENT_CHARACTER) {
+                words.push((id, text));
+            }
+        }
+        let again = self.encode_batch(words.iter().map(|(_, text)| text.as_str()).collect())?;
+        let same = |((id, text), encoded): ((u32, String), tokenizers::Encoding)| {
+            (encoded.get_ids() == [id]).then_some((id, text))
+        };
+        Ok(words.into_iter().zip(again).filter_map(same).collect())
     }
 
     /// The text of `ids` without special tokens; bytes that are not UTF-8 become `U+FFFD`.

@@ -21,6 +21,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,7 @@ use serde_json::{Map, Value};
 use crate::checkpoint::writer::{output, write_atomic};
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
+use crate::train::tensorboard::Board;
 
 pub use state::Saved;
 
@@ -75,12 +77,43 @@ struct Run {
     done: Map<String, Value>,
 }
 
+/// What an unfinished run says to those who do not work on it.
+#[derive(Debug, Clone)]
+pub struct Record {
+    pub fingerprint: Fingerprint,
+    /// Results of finished stages.
+    pub done: Map<String, Value>,
+    /// The training log, lines of JSON.
+    pub log: String,
+}
+
+/// The run in a work folder, or in the one of the output folder `dir`, with its place; `None` where there is none.
+pub fn look(dir: &Path) -> Result<Option<(PathBuf, Record)>> {
+    let beside = dir.file_name().map(|name| work_of(dir, name));
+    for work in [Some(dir.to_path_buf()), beside].into_iter().flatten() {
+        let record = work.join("run.json");
+        if record.is_file()
+            && let Some(Run { fingerprint, done }) = read_run(&work, &record, false)?
+        {
+            let log = work.join(LOG);
+            let log = match fs::read_to_string(&log) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
+                read => read.map_err(|e| Error::io("read", &log, e))?,
+            };
+            return Ok(Some((work, Record { fingerprint, done, log })));
+        }
+    }
+    Ok(None)
+}
+
 /// The folder of one conversion, held by this process until it is dropped.
 #[derive(Debug)]
 pub struct RunDir {
     out: PathBuf,
     work: PathBuf,
     run: Run,
+    /// Takes the lines of the log too.
+    board: Option<Mutex<Board>>,
     _lock: File,
 }
 
@@ -119,10 +152,17 @@ impl RunDir {
                 Run { fingerprint: fingerprint.clone(), done: Map::new() }
             }
         };
-        let run_dir = RunDir { out: out.into(), work, run, _lock: lock };
+        let run_dir = RunDir { out: out.into(), work, run, board: None, _lock: lock };
         run_dir.save_run()?;
         run_dir.retain_log(|_| true)?;
         Ok(run_dir)
+    }
+
+    /// From here on the log goes to the TensorBoard event file in `dir` too.
+    pub fn tensorboard(&mut self, dir: &Path) -> Result<()> {
+        let log = self.log()?.unwrap_or_default();
+        self.board = Some(Mutex::new(Board::open(dir, &String::from_utf8_lossy(&log))?));
+        Ok(())
     }
 
     /// The folder of this run, for what else a stage keeps between runs.
@@ -187,6 +227,7 @@ impl RunDir {
             }
         }
         self.retain_log(|line| line["stage"] != stage)?;
+        self.on_board(|board| board.cut(stage, None))?;
         Ok(None)
     }
 
@@ -206,12 +247,14 @@ impl RunDir {
         let path = self.log_path();
         let append =
             |text: String| OpenOptions::new().create(true).append(true).open(&path)?.write_all(text.as_bytes());
-        append(format!("{line}\n")).map_err(|e| output("write", &path, e))
+        append(format!("{line}\n")).map_err(|e| output("write", &path, e))?;
+        self.on_board(|board| board.add(line))
     }
 
     /// Cuts from the log what a stage wrote after `step`.
     pub fn truncate_log(&self, stage: &str, step: u64) -> Result<()> {
-        self.retain_log(|line| line["stage"] != stage || line["step"].as_u64().is_some_and(|at| at <= step))
+        self.retain_log(|line| line["stage"] != stage || line["step"].as_u64().is_some_and(|at| at <= step))?;
+        self.on_board(|board| board.cut(stage, Some(step)))
     }
 
     /// The training log, where anything was trained.
@@ -236,8 +279,13 @@ impl RunDir {
         remove_work(&work, lock)
     }
 
+    fn on_board(&self, act: impl FnOnce(&mut Board) -> Result<()>) -> Result<()> {
+        let Some(board) = &self.board else { return Ok(()) };
+        act(&mut board.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+
     fn log_path(&self) -> PathBuf {
-        self.work.join("metrics.jsonl")
+        self.work.join(LOG)
     }
 
     fn save_run(&self) -> Result<()> {
@@ -258,6 +306,9 @@ impl RunDir {
         if kept == text { Ok(()) } else { write_atomic(&path, kept.as_bytes()) }
     }
 }
+
+/// The training log.
+const LOG: &str = "metrics.jsonl";
 
 /// The stage of `run.json` that says: once `export/` is gone from here, it became the output folder.
 const FINISH: &str = "finish";
@@ -376,7 +427,6 @@ mod tests {
     use crate::progress::Silent;
     use candle_core::{DType, Device};
     use serde_json::json;
-    use std::sync::Mutex;
 
     fn fingerprint() -> Fingerprint {
         Fingerprint {

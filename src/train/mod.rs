@@ -6,6 +6,7 @@
 
 pub mod adamw;
 pub mod schedule;
+pub mod tensorboard;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -139,7 +140,8 @@ pub fn run(
         None => {
             let first = task.evaluate(valid)?;
             check_finite(task, stage, 0, "validation loss", &first)?;
-            run_dir.append_log(&json!({"stage": stage, "step": 0, "valid": first}))?;
+            let parts: Vec<String> = (0..first.len()).map(|part| task.part_name(part)).collect();
+            run_dir.append_log(&json!({"stage": stage, "step": 0, "valid": first, "parts": parts}))?;
             let outcome = Outcome { best_step: vec![0; first.len()], best: first.clone(), first, ..Outcome::default() };
             (0, Position { outcome, rate: Rate::new(settings.schedule, settings.steps, settings.lr) })
         }
@@ -184,7 +186,7 @@ pub fn run(
         position.outcome.tokens = step * tokens;
         let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
         run_dir.append_log(
-            &json!({"stage": stage, "step": step, "loss": loss, "losses": losses, "lr": lr, "grad_norm": update.gradient_norm()}),
+            &json!({"stage": stage, "step": step, "loss": loss, "losses": losses, "lr": lr * settings.lr, "grad_norm": update.gradient_norm(), "tokens": position.outcome.tokens}),
         )?;
         progress.advance(tokens, &format!("loss {loss:.4}"));
 

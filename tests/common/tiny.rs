@@ -186,6 +186,7 @@ impl Job {
                 device: Device::Cpu,
                 until: self.until.then_some(Until::Transfer),
                 restart: self.restart,
+                tensorboard: None,
             };
             convert(&options, progress)
         };

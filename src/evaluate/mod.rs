@@ -1,8 +1,23 @@
-//! Measures of a model: perplexity, bits per byte, agreement with its teacher, exact recall.
+//! Measures of a model: perplexity, bits per byte, agreement with its teacher, and what perplexity hides.
+//!
+//! | where | what |
+//! |---|---|
+//! | here | quality on a text, answers to recall prompts of a file, share of the linear part |
+//! | [`position`] | quality by position: does the model still use what lies far behind |
+//! | [`recall`](mod@recall) | the generated recall suite, its prompts in `prompts` |
+//! | [`choice`] | multiple choice by log-likelihood |
+//! | [`score`](mod@score) | what a model gives to tokens of given texts, in batches |
+
+pub mod choice;
+pub mod position;
+mod prompts;
+pub mod recall;
+pub mod score;
 
 pub mod diagnose;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -12,7 +27,7 @@ use crate::data::{RecallItem, Split};
 use crate::error::{Error, Kind, Result};
 use crate::generate::{Sampler, generate};
 use crate::model::{Decoder, Net};
-use crate::ops::head_loss::{Sums, Target, measure};
+use crate::ops::head_loss::{Sums, Target, measure, measure_between};
 use crate::progress::{Progress, stop_requested};
 
 /// Perplexity over the rows of a split, and the distance to a teacher where one was given.
@@ -49,8 +64,36 @@ impl Subject<'_> {
 
 /// Measures `model` on every row of `rows`. A teacher must share the output head's vocabulary.
 pub fn quality(model: Subject, teacher: Option<Subject>, rows: &Split, progress: &dyn Progress) -> Result<Quality> {
+    let whole = 0..rows.seq_len();
+    let (sums, bytes) = measure_spans(model, teacher, rows, std::slice::from_ref(&whole), progress)?;
+    Ok(Quality::of(sums[0], bytes, teacher.is_some()))
+}
+
+impl Quality {
+    /// `bytes` of text behind the tokens that `sums` counts.
+    fn of(sums: Sums, bytes: u64, taught: bool) -> Quality {
+        let n = sums.rows.max(1.0);
+        Quality {
+            tokens: sums.rows as u64,
+            perplexity: (sums.nll / n).exp(),
+            bits_per_byte: sums.nll / std::f64::consts::LN_2 / bytes.max(1) as f64,
+            teacher_perplexity: taught.then(|| (sums.teacher_nll / n).exp()),
+            kl: taught.then(|| sums.kl / n),
+            top1_agreement: taught.then(|| sums.agree / n),
+        }
+    }
+}
+
+/// Sums over all rows for each of `spans` of target positions, and the bytes of text behind all targets.
+fn measure_spans(
+    model: Subject,
+    teacher: Option<Subject>,
+    rows: &Split,
+    spans: &[Range<usize>],
+    progress: &dyn Progress,
+) -> Result<(Vec<Sums>, u64)> {
     let device = &model.decoder.device;
-    let (mut sums, mut bytes) = (Sums::default(), 0u64);
+    let (mut sums, mut bytes) = (vec![Sums::default(); spans.len()], 0u64);
     let tokens = rows.seq_len() as u64;
     progress.begin("measure", rows.len() as u64 * tokens, 0, "tokens");
     for index in 0..rows.len() {
@@ -63,29 +106,26 @@ pub fn quality(model: Subject, teacher: Option<Subject>, rows: &Split, progress:
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
         let targets = batch.targets.flatten_all()?;
         let taught = teacher.map(|t| Ok::<_, crate::Error>((t, t.hidden(&batch.inputs)?))).transpose()?;
-        let target = Target { tokens: &targets, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 1.0 };
-        sums += match &taught {
-            None => measure(&hidden, &model.decoder.head, &target)?,
-            Some((t, other)) => {
-                let target = Target { teacher: Some(other), ..target };
-                crate::ops::head_loss::measure_between(&hidden, &model.decoder.head, &t.decoder.head, &target)?
-            }
-        };
+        for (span, sums) in spans.iter().zip(&mut sums) {
+            let part = |x: &Tensor| x.narrow(0, span.start, span.len());
+            let (hidden, targets, mask) = (part(&hidden)?, part(&targets)?, mask.as_ref().map(part).transpose()?);
+            let target =
+                Target { tokens: &targets, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 1.0 };
+            *sums += match &taught {
+                None => measure(&hidden, &model.decoder.head, &target)?,
+                Some((t, other)) => {
+                    let other = part(other)?;
+                    let target = Target { teacher: Some(&other), ..target };
+                    measure_between(&hidden, &model.decoder.head, &t.decoder.head, &target)?
+                }
+            };
+        }
         bytes += rows.text_bytes(index) as u64;
-        let so_far = (sums.nll / sums.rows.max(1.0)).exp();
-        progress.advance(tokens, &format!("perplexity {so_far:.4}"));
+        let (nll, n) = sums.iter().fold((0.0, 0.0), |(nll, n), s| (nll + s.nll, n + s.rows));
+        progress.advance(tokens, &format!("perplexity {:.4}", (nll / n.max(1.0)).exp()));
     }
-    let n = sums.rows.max(1.0);
-    let quality = Quality {
-        tokens: sums.rows as u64,
-        perplexity: (sums.nll / n).exp(),
-        bits_per_byte: sums.nll / std::f64::consts::LN_2 / bytes.max(1) as f64,
-        teacher_perplexity: teacher.map(|_| (sums.teacher_nll / n).exp()),
-        kl: teacher.map(|_| sums.kl / n),
-        top1_agreement: teacher.map(|_| sums.agree / n),
-    };
     progress.end("");
-    Ok(quality)
+    Ok((sums, bytes))
 }
 
 /// Exact answers by number of pairs.
