@@ -10,7 +10,7 @@ use margay::convert::plan::{self, Fate, Plan, PlanDevice, micro_batch, steps};
 use margay::error::Kind;
 use margay::families;
 use margay::progress::Silent;
-use margay::recipe::{Keep, Layers, Loaded, Recipe};
+use margay::recipe::{self, Best, By, KeepBest, Layers, Loaded, Recipe};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -147,13 +147,24 @@ fn layers_by_list_and_by_keep() {
     let layers = |layers: Layers| planned(&headers, Recipe { layers, ..Recipe::default() });
     let plan = layers(Layers::Only(vec![2, 0])).unwrap();
     assert_eq!((plan.layers.converted, plan.layers.kept), (vec![0, 2], vec![1]));
-    let plan = layers(Layers::Keep(Keep { keep: vec![1] })).unwrap();
+    let plan = layers(Layers::keep(vec![1])).unwrap();
     assert_eq!(plan.layers.converted, [0, 2]);
     assert!(plan.tensors.iter().all(|t| t.fate != Fate::New || !t.name.starts_with("model.layers.1.")));
 
-    let plan = layers(Layers::Keep(Keep { keep: vec![0, 1, 2] })).unwrap();
+    let plan = layers(Layers::keep(vec![0, 1, 2])).unwrap();
     assert!(plan.stage("transfer").is_none() && plan.stage("recover").is_some());
     assert!(plan.warnings.iter().any(|w| w.contains("no layer")), "{:?}", plan.warnings);
+
+    let best = |by| Layers::KeepBest(KeepBest { keep_best: Best { count: Some(1), by, ..Best::default() } });
+    let plan = layers(best(By::TransferMse)).unwrap();
+    assert_eq!((plan.layers.converted.len(), plan.layers.chosen), (3, Some(1)), "planned with all converted");
+    let hybrid = plan.hybrid().unwrap();
+    assert_eq!(hybrid, "softmax stays in 1 of 3 layers, 128 B of cache per token, chosen after `transfer`");
+    assert!(plan.sections()[0].rows.iter().any(|row| row[1] == hybrid));
+    let recipe = Recipe { layers: best(By::TransferMse), ..Recipe::default() };
+    let idle = recipe::Transfer { tokens: 0, ..recipe.transfer.clone() };
+    let error = planned(&headers, Recipe { transfer: idle, ..recipe }).unwrap_err();
+    assert!(error.kind == Kind::Recipe && error.message.contains("`transfer-mse`"), "{error}");
 
     let error = layers(Layers::Only(vec![3])).unwrap_err();
     assert_eq!(error.kind, Kind::Recipe);

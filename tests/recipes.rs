@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use margay::error::Kind;
-use margay::recipe::{self, Layers, Loaded, Mixer, Recipe, Recover, Schedule};
+use margay::recipe::{self, By, Layers, Loaded, Mixer, Recipe, Recover, Schedule};
 use serde_json::Value;
 
 fn load(name: &str, sets: &[&str]) -> Loaded {
@@ -348,6 +348,35 @@ fn set_changes_any_key_last() {
 }
 
 #[test]
+fn layers_that_stay_are_given_by_one_rule() {
+    let layers = |sets: &[&str]| load("llama/lolcats", sets).recipe.layers;
+    assert_eq!(layers(&["layers={every=4}"]).converted(9).unwrap(), [0, 1, 2, 4, 5, 6, 8]);
+    assert_eq!(layers(&["layers={every=1}"]).converted(2).unwrap(), [] as [usize; 0]);
+    assert_eq!(
+        layers(&["layers={keep=[0]}", "layers={every=2}"]).converted(3).unwrap(),
+        [0, 2],
+        "replaced, not merged"
+    );
+
+    let chosen = layers(&["layers={keep_best={count=2}}", "layers.keep_best.by=gates", "layers.keep_best.tokens=1e5"]);
+    let best = chosen.best().unwrap();
+    assert_eq!((best.count, best.by, best.tokens()), (Some(2), By::Gates, 100_000));
+    assert_eq!(chosen.converted(3).unwrap(), [0, 1, 2], "all of them until they are chosen");
+    assert!(chosen.converted(2).unwrap_err().contains("keeps 2 layers"));
+    let text = load("llama/lolcats", &["layers={keep_best={fraction=0.25}}"]).text;
+    assert!(text.contains("layers = { keep_best = { by = \"restore-one-kl\", fraction = 0.25 } }"), "{text}");
+
+    let refused = |set: &str| refused(Path::new("llama/lolcats"), &[set]);
+    assert!(refused("layers={every=0}").contains("`layers.every` must be at least 1"));
+    assert!(refused("layers={evry=4}").contains("unknown key `layers.evry`; did you mean `layers.every`?"));
+    assert!(refused("layers={keep=[0], every=4}").contains("unknown key `layers.every`"));
+    assert!(refused("layers={keep_best={}}").contains("`layers.keep_best` needs `count` or `fraction`"));
+    assert!(refused("layers={keep_best={count=1,fraction=0.5}}").contains("give one of them"));
+    assert!(refused("layers={keep_best={count=1,by='luck'}}").contains("`layers.keep_best.by` cannot be `luck`"));
+    assert!(refused("layers={keep_best={fraction=1}}").contains("`layers.keep_best.fraction` must be below 1"));
+}
+
+#[test]
 fn tokens_are_bounded_by_epochs() {
     let transfer = load("llama/lolcats", &["transfer.epochs=1.5"]).recipe.transfer;
     assert_eq!((transfer.budget(1_000), transfer.budget(1 << 40)), (1_500, 20_000_000));
@@ -362,8 +391,9 @@ fn the_defaults_are_shown_with_comments() {
         let at = text.find(from).unwrap_or_else(|| panic!("{text}"));
         text[at..].lines().take(lines).collect::<Vec<_>>().join("\n")
     };
-    insta::assert_snapshot!(part("# Which layers", 9), @r##"
-    # Which layers are converted: `"all"`, a list of indices, or `{ keep = [...] }` for the ones that stay softmax.
+    insta::assert_snapshot!(part("# Which layers", 10), @r##"
+    # Which layers are converted: `"all"`, a list of indices, or those that stay softmax: `{ keep = [...] }`, the last of
+    # each group with `{ every = 4 }`, or those that need it most with `{ keep_best = { count = 2 } }`.
     layers = { keep = [0] }
 
     # The checkpoint the recipe was written for.

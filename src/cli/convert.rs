@@ -135,6 +135,9 @@ fn brief(plan: &Plan) -> Vec<String> {
         kept => format!("; softmax stays in {}", ranges(kept)),
     };
     line("layers", format!("{} in {}{kept}", plan.recipe.mixer.design().name(), ranges(&plan.layers.converted)));
+    if let Some(hybrid) = plan.hybrid() {
+        line("", hybrid);
+    }
     let fates = plan.fates.iter().map(|(fate, total)| format!("{} {}", total.tensors, fate.word()));
     line("tensors", fates.collect::<Vec<_>>().join(", "));
     for s in &plan.stages {

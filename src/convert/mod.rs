@@ -1,4 +1,5 @@
-//! A conversion, readable top to bottom: load → plan → swap → transfer → recover → merge → export → verify.
+//! A conversion, readable top to bottom: load → plan → swap → transfer → select → recover → merge → export → verify.
+//! Where the recipe says which layers stay softmax, there is nothing to select.
 
 pub mod card;
 pub mod export;
@@ -7,6 +8,7 @@ pub mod load;
 pub mod merge;
 pub mod plan;
 pub mod recover;
+pub mod select;
 pub mod swap;
 pub mod transfer;
 pub mod verify;
@@ -25,7 +27,7 @@ use crate::evaluate::{Quality, Subject, quality};
 use crate::model::{Decoder, Net};
 use crate::params::Adapters;
 use crate::progress::Progress;
-use crate::recipe::Loaded;
+use crate::recipe::{Layers, Loaded, Recipe};
 use crate::run_dir::{Fingerprint, RunDir, refuse_taken};
 use crate::train::{self, Outcome, Settings};
 
@@ -33,6 +35,7 @@ use export::Manifest;
 use load::{Linearization, Model};
 use plan::Plan;
 use recover::Recover;
+use select::{Ranking, Selection};
 use transfer::Transfer;
 use verify::{Against, Report, Stage};
 
@@ -94,10 +97,15 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let data = &recipe.data;
     let corpus = Corpus::prepare(&data.sources, data, recipe.seed, &tokenizer, row_len, &cache_dir(), progress)?;
     let train_tokens = (corpus.train(row_len)?.len() * row_len) as u64;
-    let plan = Plan::of(headers, &options.recipe, device.into(), Some(train_tokens))?;
+    let mut plan = Plan::of(headers, &options.recipe, device.into(), Some(train_tokens))?;
     for warning in &plan.warnings {
         progress.warn(warning);
     }
+
+    let best = recipe.layers.best();
+    let layers = model.architecture().layers;
+    let identity = select::identity(&model.checkpoint)?;
+    let named = best.map(|best| Ranking::named(best, &identity, &recipe.mixer, layers)).transpose()?.flatten();
 
     let fingerprint = Fingerprint {
         recipe: recipe.to_toml(),
@@ -138,6 +146,35 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     }
     if options.until == Some(Until::Transfer) {
         return stopped(plan, started.elapsed().as_secs_f64());
+    }
+
+    let mut ranking = None;
+    if let Some(best) = best {
+        let selection = Selection {
+            student: Subject { decoder: &decoder, net: &student },
+            teacher: Subject { decoder: &decoder, net: &teacher },
+            best,
+            mixer: &recipe.mixer,
+            model: identity,
+            named,
+            losses: outcomes.last().map_or(&[], |(_, outcome)| &outcome.best),
+            train: &corpus.train(row_len)?,
+            valid: &corpus.valid(row_len)?.limit(data.validation_tokens),
+            micro_batch: plan::micro_batch(usize::MAX, 0, row_len, device.into()),
+            seed: recipe.seed.wrapping_add(2), // other rows than the stages begin with
+        };
+        let selected = selection.run(&mut run, progress)?;
+        let count = plan.layers.chosen.unwrap_or_default();
+        let kept = selected.ranking.best(count);
+        selected.ranking.lines(count).iter().for_each(|line| progress.say(line));
+        // What follows is the conversion of a recipe that names these layers.
+        let recipe = Recipe { layers: Layers::keep(kept.clone()), ..options.recipe.recipe.clone() };
+        plan = Plan::of(headers, &Loaded { recipe, ..options.recipe.clone() }, device.into(), Some(train_tokens))?;
+        plan.hybrid().iter().for_each(|line| progress.say(line));
+        select::restore(&mut student, model.architecture(), &kept);
+        record("selected", &decoder, &student, &mut run)?;
+        outcomes.push(("select", selected.outcome));
+        ranking = Some(selected.ranking);
     }
 
     let mut merged_names = Vec::new();
@@ -181,7 +218,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let dir = run.fresh_export()?;
     let shard = recipe.export.max_shard_bytes()?;
     let parts = export::Parts { model: &model, decoder: &decoder, student: &student, merged: &merged_names };
-    let files = export::export(&parts, linearization.as_ref(), shard, &dir, progress)?;
+    let mut files = export::export(&parts, linearization.as_ref(), shard, &dir, progress)?;
+    files.extend(ranking.map(|ranking| select::export(&ranking, &dir)).transpose()?);
     let ids = valid.sequence(0).ids;
     let tensors = plan.exported().into_iter().map(|(name, (shape, dtype))| (name, (format!("{dtype:?}"), shape)));
     let mut manifest = Manifest {

@@ -70,8 +70,14 @@ pub struct Recipe {
 /// Which layers change their attention, ascending.
 #[derive(Debug, Clone, Serialize)]
 pub struct Layers {
+    /// All of them where the ones to keep are yet to be chosen.
     pub converted: Vec<usize>,
     pub kept: Vec<usize>,
+    /// How many layers a selection will keep, once the layer-wise stages are over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<usize>,
+    /// Bytes that keys and values of the kept layers add with every token.
+    pub cache_per_token: usize,
 }
 
 /// What becomes of a tensor.
@@ -142,12 +148,22 @@ impl Plan {
         design.check(a).map_err(refuse)?;
         let targets = lora_targets(&recipe.recover.lora)?;
 
+        let chosen = recipe.layers.best().map(|best| best.kept(a.layers).map_err(refuse)).transpose()?;
         let costs = cost::Costs::new(a, design, &converted, device);
         let stages: Vec<Stage> =
             [costs.transfer(&recipe.transfer, train_tokens), costs.recover(&recipe.recover, &targets, train_tokens)]
                 .into_iter()
                 .flatten()
                 .collect();
+
+        if let Some(best) = recipe.layers.best()
+            && (best.by, &best.ranking) == (recipe::By::TransferMse, &None)
+            && !stages.iter().any(|s| s.name == "transfer")
+        {
+            return Err(refuse(
+                "`transfer-mse` ranks layers by the loss of attention transfer, which is skipped".into(),
+            ));
+        }
 
         let longest = stages.iter().map(|s| s.seq_len).max().unwrap_or(recipe.transfer.seq_len);
         let verify = costs.verify(longest);
@@ -169,6 +185,7 @@ impl Plan {
         }
         let export = tensors.iter().filter(|t| t.fate != Fate::Dropped).map(|t| t.bytes).sum();
         let run = stages.iter().map(|s| s.trainable * 4 * 4 * 2).sum();
+        let cache = 2 * a.kv_heads * a.head_dim;
         let download = if headers.source.repo.is_some() { headers.files.iter().map(|f| f.bytes).sum() } else { 0 };
         Ok(Plan {
             model: Model {
@@ -184,13 +201,35 @@ impl Plan {
             recipe: Recipe { name: loaded.origin.clone(), about: recipe.about.clone(), mixer: recipe.mixer.clone() },
             device,
             warnings: warnings(headers, &loaded.recipe, &converted, &stages),
-            layers: Layers { kept: (0..a.layers).filter(|l| !converted.contains(l)).collect(), converted },
+            layers: Layers {
+                cache_per_token: device.element() as usize * chosen.unwrap_or(a.layers - converted.len()) * cache,
+                kept: (0..a.layers).filter(|l| !converted.contains(l)).collect(),
+                converted,
+                chosen,
+            },
             tensors,
             fates,
             stages,
             verify,
             disk: Disk { export, run, download },
         })
+    }
+
+    /// `softmax stays in 2 of 16 layers, 8.19 kB of cache per token`, and when they are chosen; `None` where no layer
+    /// stays softmax or none changes.
+    pub fn hybrid(&self) -> Option<String> {
+        let Layers { kept, converted, chosen, cache_per_token } = &self.layers;
+        let count = chosen.unwrap_or(kept.len());
+        if count == 0 || converted.is_empty() {
+            return None;
+        }
+        let cache = bytes(*cache_per_token as u64);
+        let when = match (chosen, self.stage("transfer")) {
+            (None, _) => "",
+            (Some(_), Some(_)) => ", chosen after `transfer`",
+            (Some(_), None) => ", chosen before training",
+        };
+        Some(format!("softmax stays in {count} of {} layers, {cache} of cache per token{when}", self.model.layers))
     }
 
     /// A training stage (`transfer`, `recover`), where it runs.

@@ -190,6 +190,13 @@ impl Split {
         self
     }
 
+    /// Sequences at random, as many as hold at most `tokens` targets, at least one; `seed` alone decides which.
+    pub fn sample(&self, seed: u64, tokens: u64) -> Self {
+        let count = ((tokens / self.seq_len as u64) as usize).max(1);
+        let starts = self.order(seed, 0).into_iter().take(count).map(|i| self.starts[i as usize]).collect();
+        Split { starts, ..self.clone() }
+    }
+
     /// Fails, with the counts, where there are fewer than `sequences`: too little for one batch.
     pub fn require(&self, sequences: usize) -> Result<()> {
         if self.len() >= sequences {

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::load::{Node, Place, Value};
-use super::{Recipe, show};
+use super::load::{Entry, Node, Place, Value};
+use super::{Best, Recipe, show};
 use crate::checkpoint::writer::parse_size;
 use crate::error::closest;
 
@@ -190,6 +190,10 @@ impl Check<'_> {
             let node = root.get(table).and_then(|t| t.get(key)).unwrap_or(root);
             self.problem(&node.place, format!("`{table}.{key}` {text}"));
         }
+        if let Some(text) = recipe.layers.best().and_then(Best::problem) {
+            let node = root.get("layers").unwrap_or(root);
+            self.problem(&node.place, format!("`layers.keep_best` {text}"));
+        }
     }
 }
 
@@ -210,13 +214,13 @@ pub(super) fn tags(schema: &Json) -> Vec<&str> {
     options(schema).filter_map(|option| option["properties"]["kind"]["const"].as_str()).collect()
 }
 
-/// The option of a `oneOf` or `anyOf` that `node` is meant for: by its `kind`, else by its type. Lists of words are no
-/// choice: they stay whole.
+/// The option of a `oneOf` or `anyOf` that `node` is meant for: by its `kind`, else by its type, tables by the keys they
+/// share. Lists of words are no choice: they stay whole.
 fn variant<'a>(root: &'a Json, schema: &'a Json, node: &Node) -> Option<&'a Json> {
     if !words(schema).is_empty() || options(schema).next().is_none() {
         return Some(schema);
     }
-    options(schema).map(|option| resolve(root, option)).find(|option| {
+    let fits = |option: &&Json| {
         let kind = &option["properties"]["kind"]["const"];
         match &node.value {
             Value::Table(_) if kind.is_string() => {
@@ -227,7 +231,20 @@ fn variant<'a>(root: &'a Json, schema: &'a Json, node: &Node) -> Option<&'a Json
             Value::Scalar(Json::String(_)) => option["type"] == "string",
             _ => false,
         }
-    })
+    };
+    let near = |option: &&Json| match &node.value {
+        Value::Table(entries) => {
+            let keys = || option["properties"].as_object().into_iter().flat_map(Map::keys).map(String::as_str);
+            let distance = |e: &Entry| match keys().any(|key| key == e.key) {
+                true => 0,
+                false if closest(&e.key, keys()).is_some() => 1,
+                false => 2,
+            };
+            entries.iter().map(distance).min().unwrap_or(2)
+        }
+        _ => 0,
+    };
+    options(schema).map(|option| resolve(root, option)).filter(fits).min_by_key(near)
 }
 
 /// The known words of an enum, in whichever way the schema spells them.

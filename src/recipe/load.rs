@@ -67,6 +67,9 @@ pub(super) struct Entry {
     pub node: Node,
 }
 
+/// The key whose tables exclude each other: each holds one rule.
+const LAYERS: &str = "layers";
+
 impl Recipe {
     /// Loads a shipped recipe by name or a file by path, with what it extends, and applies `sets` (`key=value`, dotted
     /// keys, TOML values or bare words) last.
@@ -246,6 +249,10 @@ impl Node {
         }
     }
 
+    fn shares_key(&self, other: &Node) -> bool {
+        matches!(&self.value, Value::Table(entries) if entries.iter().any(|e| other.get(&e.key).is_some()))
+    }
+
     fn take(&mut self, key: &str) -> Option<Entry> {
         match &mut self.value {
             Value::Table(entries) => entries.iter().position(|e| e.key == key).map(|at| entries.remove(at)),
@@ -254,7 +261,7 @@ impl Node {
     }
 
     /// Lays `child` over this: tables merge key by key, everything else is replaced. So is a table of another `kind`,
-    /// whose keys would mean nothing to the new one.
+    /// whose keys would mean nothing to the new one, and another rule for `layers`.
     fn merge(&mut self, child: Node) {
         let kind = |node: &Node| match node.get("kind").map(|n| &n.value) {
             Some(Value::Scalar(kind)) => Some(kind.clone()),
@@ -266,6 +273,7 @@ impl Node {
                 self.place = child.place;
                 for entry in new {
                     match old.iter_mut().find(|e| e.key == entry.key) {
+                        Some(known) if entry.key == LAYERS && !known.node.shares_key(&entry.node) => *known = entry,
                         Some(known) => {
                             known.place = entry.place;
                             known.node.merge(entry.node);

@@ -8,10 +8,12 @@
 //! and nowhere else.
 
 mod check;
+mod layers;
 mod load;
 mod show;
 mod source;
 
+pub use layers::{All, Best, By, Every, Keep, KeepBest, Layers};
 pub use load::Loaded;
 pub use show::schema;
 pub use source::{Shipped, list, shipped};
@@ -29,7 +31,8 @@ pub struct Recipe {
     pub base: Base,
     /// Seed of everything random; a stage may have its own.
     pub seed: u64,
-    /// Which layers are converted: `"all"`, a list of indices, or `{ keep = [...] }` for the ones that stay softmax.
+    /// Which layers are converted: `"all"`, a list of indices, or those that stay softmax: `{ keep = [...] }`, the last of
+    /// each group with `{ every = 4 }`, or those that need it most with `{ keep_best = { count = 2 } }`.
     pub layers: Layers,
     /// What replaces softmax attention: `kind` names a mixer, the other keys are its own.
     pub mixer: Mixer,
@@ -53,31 +56,6 @@ pub struct Base {
     pub repo: Option<String>,
     /// Commit, branch or tag.
     pub revision: Option<String>,
-}
-
-/// `"all"`, a list of layer indices, or `{ keep = [...] }`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
-pub enum Layers {
-    All(All),
-    /// These layers are converted, the others keep softmax.
-    Only(Vec<usize>),
-    /// These layers keep softmax, the others are converted.
-    Keep(Keep),
-}
-
-/// The word `all`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum All {
-    All,
-}
-
-/// The layers that stay softmax.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Keep {
-    pub keep: Vec<usize>,
 }
 
 /// What replaces softmax attention: `kind` names a mixer, the other keys are its own.
@@ -521,24 +499,8 @@ impl Recipe {
         fitted
     }
 
-    /// The layers of a model of `count` layers that are converted, ascending; layers out of range are an error text.
+    /// [`Layers::converted`] of a model of `count` layers.
     pub fn converted(&self, count: usize) -> Result<Vec<usize>, String> {
-        let listed: &[usize] = match &self.layers {
-            Layers::All(_) => &[],
-            Layers::Only(list) => list,
-            Layers::Keep(keep) => &keep.keep,
-        };
-        if let Some(bad) = listed.iter().find(|l| **l >= count) {
-            return Err(format!(
-                "`layers` names layer {bad}, but the model has layers 0 to {}",
-                count.saturating_sub(1)
-            ));
-        }
-        let inside = |l: &usize| match &self.layers {
-            Layers::All(_) => true,
-            Layers::Only(list) => list.contains(l),
-            Layers::Keep(keep) => !keep.keep.contains(l),
-        };
-        Ok((0..count).filter(inside).collect())
+        self.layers.converted(count)
     }
 }

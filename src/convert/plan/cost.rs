@@ -55,7 +55,7 @@ impl From<&candle_core::Device> for PlanDevice {
 
 impl PlanDevice {
     /// Bytes of a frozen weight or activation.
-    fn element(self) -> u64 {
+    pub(super) fn element(self) -> u64 {
         match self {
             PlanDevice::Cpu => 4,
             PlanDevice::Cuda => 2,

@@ -38,6 +38,7 @@ impl Plan {
                 ("layers", layers(mixer, &self.layers.converted, &self.layers.kept)),
             ],
         )];
+        sections[0].rows.extend(self.hybrid().map(|hybrid| vec![String::new(), hybrid]));
         let (new, source): (Vec<_>, Vec<_>) = self.tensors.iter().partition(|t| t.fate == Fate::New);
         sections.push(tensors("Tensors of the source", &source));
         if !new.is_empty() {
