@@ -196,7 +196,7 @@ impl Selection<'_> {
 /// Gives the layers `kept` the teacher's attention back.
 pub fn restore(student: &mut Net, architecture: &Architecture, kept: &[usize]) {
     for layer in kept {
-        student.mixers[*layer] = Softmax.build(architecture, Vec::new());
+        student.mixers[*layer] = Softmax.build(architecture, *layer, Vec::new());
     }
 }
 

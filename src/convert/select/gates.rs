@@ -47,8 +47,8 @@ pub(super) fn scores(s: &Selection, run: &mut RunDir, progress: &dyn Progress) -
             scalar: true,
         };
         Ok(Box::new(Gate {
-            softmax: Softmax.build(a, Vec::new()),
-            mixer: design.build(a, mixer.params().to_vec()),
+            softmax: Softmax.build(a, layer, Vec::new()),
+            mixer: design.build(a, layer, mixer.params().to_vec()),
             r: [r],
         }))
     };
