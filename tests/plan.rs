@@ -175,8 +175,8 @@ fn layers_by_list_and_by_keep() {
 fn recipes_that_do_not_fit_are_refused() {
     let headers = described(&tiny());
     let mut recipe = Recipe::default();
-    let margay::recipe::Mixer::Lolcats(mixer) = &mut recipe.mixer;
-    (mixer.skip_connection, mixer.feature_dim) = (true, 4);
+    let config = margay::mixers::lolcats::Config { skip_connection: true, feature_dim: 4, ..Default::default() };
+    recipe.mixer = margay::recipe::Mixer::Lolcats(config);
     let error = planned(&headers, recipe).unwrap_err();
     assert_eq!(error.kind, Kind::Recipe);
     assert!(error.message.contains("skip_connection"), "{error}");

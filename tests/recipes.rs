@@ -278,7 +278,7 @@ fn extends_merges_tables_key_by_key_through_files_and_shipped_recipes() {
     let (mine, parent) = (load(at("sub/mine.toml").to_str().unwrap(), &[]).recipe, load("llama/lolcats", &[]).recipe);
     assert_eq!((mine.about.as_str(), mine.transfer.lr, mine.transfer.batch), ("mine", 0.5, 4));
     assert_eq!((mine.transfer.epochs, &mine.recover), (parent.transfer.epochs, &parent.recover));
-    let Mixer::Lolcats(config) = &mine.mixer;
+    let Mixer::Lolcats(config) = &mine.mixer else { panic!("{:?}", mine.mixer) };
     assert_eq!(config.window, 16);
 }
 
@@ -339,7 +339,7 @@ fn set_changes_any_key_last() {
     assert_eq!(recipe.base.revision.as_deref(), Some("4e20"));
     assert_eq!((recipe.about.as_str(), recipe.data.sources), ("with = and spaces", vec!["a.txt".to_string()]));
     assert_eq!((recipe.recover.lora.targets, recipe.transfer.lr), (vec!["v_proj".to_string()], 1.0));
-    let Mixer::Lolcats(config) = recipe.mixer;
+    let Mixer::Lolcats(config) = recipe.mixer else { panic!("another mixer") };
     assert_eq!(config.window, 16);
 
     assert_eq!(load("llama/lolcats", &["layers=[1]"]).recipe.layers, Layers::Only(vec![1]));
