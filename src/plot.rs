@@ -233,7 +233,7 @@ struct Axis {
 }
 
 impl Axis {
-    /// An axis a little longer than its values.
+    /// An axis a little longer than its values; a linear one of values that are not negative starts at 0.
     fn over(values: impl Iterator<Item = f64>, scale: Scale, from: f64, to: f64) -> Axis {
         let (mut low, mut high) = extent(values);
         if scale == Scale::Log && low <= 0.0 {
@@ -241,6 +241,7 @@ impl Axis {
         }
         let flat = high - low <= 1e-9 * high.abs();
         match scale {
+            Scale::Linear if low >= 0.0 => (low, high) = (0.0, if high > 0.0 { 1.03 * high } else { 1.0 }),
             Scale::Linear if flat => (low, high) = (low - 0.5 * low.abs().max(1.0), high + 0.5 * high.abs().max(1.0)),
             Scale::Linear => (low, high) = (low - 0.03 * (high - low), high + 0.03 * (high - low)),
             Scale::Log if flat => (low, high) = (low / 2.0, high * 2.0),
@@ -360,6 +361,13 @@ mod tests {
         assert_eq!(ticks(1.0, 100.0, Scale::Log), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
         assert!(ticks(1e-9, 1e9, Scale::Log).len() <= 7);
         assert!(ticks(1.1, 1.3, Scale::Log).len() > 1);
+    }
+
+    #[test]
+    fn a_linear_axis_shows_zero() {
+        let low = |values: &[f64], scale| Axis::over(values.iter().copied(), scale, 0.0, 1.0).low;
+        assert_eq!((low(&[5.0, 7.0], Scale::Linear), low(&[], Scale::Linear)), (0.0, 0.0));
+        assert!(low(&[-5.0, 7.0], Scale::Linear) < -5.0 && low(&[5.0, 7.0], Scale::Log) > 4.0);
     }
 
     #[test]

@@ -161,6 +161,7 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
             train: &corpus.train(row_len)?,
             valid: &corpus.valid(row_len)?.limit(data.validation_tokens),
             micro_batch: plan::micro_batch(usize::MAX, 0, row_len, device.into()),
+            memory: plan.stages.iter().map(|s| s.memory.total).max().unwrap_or(plan.verify.total),
             seed: recipe.seed.wrapping_add(2), // other rows than the stages begin with
         };
         let selected = selection.run(&mut run, progress)?;
@@ -173,7 +174,9 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         plan.hybrid().iter().for_each(|line| progress.say(line));
         select::restore(&mut student, model.architecture(), &kept);
         record("selected", &decoder, &student, &mut run)?;
-        outcomes.push(("select", selected.outcome));
+        if selected.outcome.tokens > 0 {
+            outcomes.push(("select", selected.outcome));
+        }
         ranking = Some(selected.ranking);
     }
 

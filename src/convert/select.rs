@@ -163,6 +163,8 @@ pub struct Selection<'a> {
     pub valid: &'a Split,
     /// Sequences at once.
     pub micro_batch: usize,
+    /// Bytes of memory that the plan's largest stage needs, for messages.
+    pub memory: u64,
     pub seed: u64,
 }
 

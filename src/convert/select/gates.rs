@@ -75,7 +75,7 @@ pub(super) fn scores(s: &Selection, run: &mut RunDir, progress: &dyn Progress) -
         steps,
         batch,
         micro_batch: s.micro_batch,
-        memory: 0,
+        memory: s.memory,
         optimizer: &Optimizer { beta2: 0.95, clip: 0.0, ..Optimizer::default() },
         schedule: &Schedule::Cosine { warmup: 0.0, floor: 0.1 },
         eval_every: steps.div_ceil(4) as usize,
