@@ -12,6 +12,7 @@ use crate::generate::{Sampler, generate};
 use crate::model::{Decoder, Net};
 use crate::ops::head_loss::{Sums, Target, measure};
 use crate::progress::{Progress, stop_requested};
+use crate::recipe::Kl;
 
 /// Perplexity over the rows of a split, and the distance to a teacher where one was given.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -61,7 +62,14 @@ pub fn quality(model: Subject, teacher: Option<Subject>, rows: &Split, progress:
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
         let targets = batch.targets.flatten_all()?;
         let taught = teacher.map(|t| Ok::<_, crate::Error>((t, t.hidden(&batch.inputs)?))).transpose()?;
-        let target = Target { tokens: &targets, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 1.0 };
+        let target = Target {
+            tokens: &targets,
+            mask: mask.as_ref(),
+            teacher: None,
+            ce_weight: 1.0,
+            kl_weight: 1.0,
+            kl: Kl::default(),
+        };
         sums += match &taught {
             None => measure(&hidden, &model.decoder.head, &target)?,
             Some((t, other)) => {

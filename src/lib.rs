@@ -12,7 +12,7 @@
 //! | [`ops`] | the operations under them, each with definition, fast form and gradient |
 //! | [`data`] | text to packed token rows |
 //! | [`train`] | loop, optimiser, schedules, resume |
-//! | [`convert`] | the verbs: load → plan → swap → transfer → recover → merge → export → verify |
+//! | [`convert`] | the verbs: load → plan → swap → training stages → merge → export → verify |
 //! | [`evaluate`] | perplexity, agreement with the teacher, recall |
 //! | [`generate`] | recurrent decoding |
 //! | [`mod@bench`] | speed on random weights, beside the machine's ceilings |

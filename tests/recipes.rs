@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use margay::error::Kind;
-use margay::recipe::{self, Layers, Loaded, Mixer, Recipe, Recover, Schedule};
+use margay::recipe::{self, Format, Layers, Loaded, Mixer, Recipe, Schedule, Stage};
 use serde_json::Value;
 
 fn load(name: &str, sets: &[&str]) -> Loaded {
@@ -64,6 +64,7 @@ fn the_promised_recipes_are_shipped() {
     let names: BTreeSet<String> = shipped().into_iter().map(|(name, _)| name).collect();
     for name in [
         "llama/lolcats",
+        "llama/radlads",
         "llama/3.2-1b-lolcats",
         "llama/3.1-8b-lolcats",
         "llama/hedgehog",
@@ -139,7 +140,11 @@ fn fits(root: &Value, schema: &Value, json: &Value) -> bool {
         && json.as_object().is_none_or(|map| {
             map.iter().all(|(key, value)| match schema["properties"].get(key) {
                 Some(property) => fits(root, property, value),
-                None => schema.get("additionalProperties") != Some(&false.into()),
+                None => match schema.get("additionalProperties") {
+                    Some(Value::Bool(any)) => *any,
+                    Some(each) => fits(root, each, value),
+                    None => true,
+                },
             })
         })
 }
@@ -151,7 +156,9 @@ fn the_schema_fits_every_shipped_recipe_as_written_and_as_shown() {
         for text in [std::fs::read_to_string(path).unwrap(), load(&name, &[]).text] {
             let mut json = serde_json::to_value(text.parse::<toml::Table>().unwrap()).unwrap();
             assert!(fits(&schema, &schema, &json), "{name}\n{text}");
-            json["transfer"]["batch"] = 0.into();
+            json["stage"]["align"] = serde_json::json!({ "batch": 8 });
+            assert!(fits(&schema, &schema, &json), "{name}: a stage of any name");
+            json["stage"]["align"]["batch"] = 0.into();
             assert!(!fits(&schema, &schema, &json), "{name}");
         }
     }
@@ -162,6 +169,9 @@ fn the_schema_describes_every_key() {
     fn walk(root: &Value, schema: &Value, path: &str) {
         let options = ["oneOf", "anyOf"].iter().filter_map(|k| schema[*k].as_array()).flatten();
         options.for_each(|option| walk(root, option, path));
+        if let Some(each) = schema.get("additionalProperties").filter(|each| each.is_object()) {
+            walk(root, each["$ref"].as_str().map_or(each, |r| root.pointer(&r[1..]).unwrap()), path);
+        }
         for (key, property) in schema["properties"].as_object().into_iter().flatten() {
             let target = property["$ref"].as_str().map_or(property, |r| root.pointer(&r[1..]).unwrap());
             let described = key == "kind" || [property, target].iter().any(|s| s["description"].is_string());
@@ -181,8 +191,12 @@ fn all_problems_are_reported_at_once_with_file_line_and_column() {
 about = 3
 lr = 0.1
 layers = { kept = [0] }
+stages = ["transfer", "recover", "align", "tune", "plan", "Tune", "tune"]
 
-[transfer]
+[recover]
+lr = 1
+
+[stage.transfer]
 tokens = "many"
 bacth = 8
 seq_len = 0
@@ -191,11 +205,27 @@ epochs = 1979-05-27
 micro_batch = 9
 schedule = { kind = "cosin", floor = 2 }
 
-[recover]
+[stage.recover]
 tokens = 1.5
 schedule = { kind = "cosine", floor = 2 }
 lora = { dropout = 1.0, targets = ["q_proj", "query", 3] }
-ce_weight = 0
+loss = { output_mse = 1, nexttoken = 1 }
+train = ["mixers"]
+kl = { direction = "both", temperature = 0 }
+
+[stage.plan]
+loss = { next_token = 1 }
+
+[stage.Tune]
+loss = { next_token = 1 }
+
+[stage.tune]
+train = []
+schedule = { kind = "wsd", decay = 0.95 }
+data = { sources = 3 }
+
+[stage.unused]
+train = []
 
 [mixer]
 kind = "lolcat"
@@ -215,7 +245,7 @@ contexts = [0, 8]
 [verfy]
 "#,
     )]);
-    insta::assert_snapshot!(refused(&at("mine.toml"), &["recover.bach=4", "seed=x", "nothing", "verify.tokens=nan"]), @r##"
+    insta::assert_snapshot!(refused(&at("mine.toml"), &["stage.recover.bach=4", "transfer.tokens=3", "seed=x", "nothing", "verify.tokens=nan"]), @r##"
     recipe `mine.toml` has 28 problems:
       mine.toml:2:9: `about` must be a string, found `3`
       mine.toml:3:1: unknown key `lr`; did you mean `transfer.lr` or `recover.lr`?
@@ -251,7 +281,7 @@ contexts = [0, 8]
 
 #[test]
 fn a_syntax_error_has_its_line_and_column() {
-    let (_folder, at) = files(&[("mine.toml", "about = \"x\"\n[transfer]\nlr = = 3\nseed = 1\nseed = 2\n")]);
+    let (_folder, at) = files(&[("mine.toml", "about = \"x\"\n[stage.transfer]\nlr = = 3\nseed = 1\nseed = 2\n")]);
     insta::assert_snapshot!(refused(&at("mine.toml"), &[]), @r##"
     recipe `mine.toml` has 3 problems:
       mine.toml:3:6: not TOML: extra `=`, expected nothing
@@ -272,12 +302,14 @@ fn an_unknown_recipe_names_the_closest_or_all() {
 #[test]
 fn extends_merges_tables_key_by_key_through_files_and_shipped_recipes() {
     let (_folder, at) = files(&[
-        ("base.toml", "extends = \"llama/lolcats\"\n[transfer]\nlr = 0.5\n[mixer]\nwindow = 16\n"),
-        ("sub/mine.toml", "extends = \"../base.toml\"\nabout = \"mine\"\n[transfer]\nbatch = 4\n"),
+        ("base.toml", "extends = \"llama/lolcats\"\n[stage.transfer]\nlr = 0.5\n[mixer]\nwindow = 16\n"),
+        ("sub/mine.toml", "extends = \"../base.toml\"\nabout = \"mine\"\n[stage.transfer]\nbatch = 4\n"),
     ]);
     let (mine, parent) = (load(at("sub/mine.toml").to_str().unwrap(), &[]).recipe, load("llama/lolcats", &[]).recipe);
-    assert_eq!((mine.about.as_str(), mine.transfer.lr, mine.transfer.batch), ("mine", 0.5, 4));
-    assert_eq!((mine.transfer.epochs, &mine.recover), (parent.transfer.epochs, &parent.recover));
+    let transfer = &mine.stage["transfer"];
+    assert_eq!((mine.about.as_str(), transfer.lr, transfer.batch), ("mine", 0.5, 4));
+    assert_eq!(transfer.epochs, parent.stage["transfer"].epochs);
+    assert_eq!(mine.stage["recover"], parent.stage["recover"]);
     let Mixer::Lolcats(config) = &mine.mixer;
     assert_eq!(config.window, 16);
 }
@@ -285,11 +317,11 @@ fn extends_merges_tables_key_by_key_through_files_and_shipped_recipes() {
 #[test]
 fn a_table_of_another_kind_replaces_its_parent_whole() {
     let (_folder, at) = files(&[
-        ("base.toml", "[transfer.schedule]\nkind = \"plateau\"\npatience = 3\nwarmup = 0.1\n"),
-        ("same.toml", "extends = \"base.toml\"\n[transfer.schedule]\npatience = 4\n"),
-        ("other.toml", "extends = \"base.toml\"\n[transfer.schedule]\nkind = \"cosine\"\nfloor = 0.2\n"),
+        ("base.toml", "[stage.transfer.schedule]\nkind = \"plateau\"\npatience = 3\nwarmup = 0.1\n"),
+        ("same.toml", "extends = \"base.toml\"\n[stage.transfer.schedule]\npatience = 4\n"),
+        ("other.toml", "extends = \"base.toml\"\n[stage.transfer.schedule]\nkind = \"cosine\"\nfloor = 0.2\n"),
     ]);
-    let schedule = |name: &str| load(at(name).to_str().unwrap(), &[]).recipe.transfer.schedule;
+    let schedule = |name: &str| load(at(name).to_str().unwrap(), &[]).recipe.stage["transfer"].schedule.clone();
     assert_eq!(schedule("same.toml"), Schedule::Plateau { factor: 0.1, patience: 4, min_lr: 1e-5, warmup: 0.1 });
     assert_eq!(schedule("other.toml"), Schedule::Cosine { warmup: 0.0, floor: 0.2 });
 }
@@ -317,28 +349,29 @@ fn circles_and_broken_parents_are_refused() {
 #[test]
 fn set_changes_any_key_last() {
     let sets = [
-        "transfer.tokens=2e4",
-        "recover.tokens = 30_000",
+        "stage.transfer.tokens=2e4",
+        "stage.recover.tokens = 30_000",
         "layers={keep=[0, 3]}",
         "mixer.window=16",
         "mixer.window_kind=terraced",
-        "recover.schedule.floor=0.1",
-        "recover.schedule.kind=cosine",
+        "stage.recover.schedule.floor=0.1",
+        "stage.recover.schedule.kind=cosine",
         "base.revision=4e20",
         "about=\"with = and spaces\"",
         "data.sources=a.txt",
-        "recover.lora.targets=[\"v_proj\"]",
-        "transfer.lr=1",
+        "stage.recover.lora.targets=[\"v_proj\"]",
+        "stage.transfer.lr=1",
         "seed=1",
         "seed=7",
     ];
     let recipe = load("llama/3.2-1b-lolcats", &sets).recipe;
-    assert_eq!((recipe.transfer.tokens, recipe.recover.tokens, recipe.seed), (20_000, 30_000, 7));
+    let (transfer, recover) = (&recipe.stage["transfer"], &recipe.stage["recover"]);
+    assert_eq!((transfer.tokens, recover.tokens, recipe.seed), (20_000, 30_000, 7));
     assert_eq!(recipe.converted(5).unwrap(), [1, 2, 4]);
-    assert_eq!(recipe.recover.schedule, Schedule::Cosine { warmup: 0.0, floor: 0.1 });
+    assert_eq!(recover.schedule, Schedule::Cosine { warmup: 0.0, floor: 0.1 });
     assert_eq!(recipe.base.revision.as_deref(), Some("4e20"));
-    assert_eq!((recipe.about.as_str(), recipe.data.sources), ("with = and spaces", vec!["a.txt".to_string()]));
-    assert_eq!((recipe.recover.lora.targets, recipe.transfer.lr), (vec!["v_proj".to_string()], 1.0));
+    assert_eq!((recipe.about.as_str(), &recipe.data.sources), ("with = and spaces", &vec!["a.txt".to_string()]));
+    assert_eq!((&recover.lora.targets, transfer.lr), (&vec!["v_proj".to_string()], 1.0));
     let Mixer::Lolcats(config) = recipe.mixer;
     assert_eq!(config.window, 16);
 
@@ -348,16 +381,41 @@ fn set_changes_any_key_last() {
 }
 
 #[test]
+fn stages_are_a_list_of_named_tables() {
+    let (_folder, at) = files(&[(
+        "mine.toml",
+        r#"
+extends = "llama/lolcats"
+stages = ["tune", "transfer"]
+data = { sources = ["a.txt"], field = "body", mask_prompt = false }
+stage.tune = { loss = { next_token = 2 }, optimizer = { clip = 0 }, data = { sources = ["b.json"], format = "alpaca" } }
+"#,
+    )]);
+    let loaded = load(at("mine.toml").to_str().unwrap(), &[]);
+    let recipe = &loaded.recipe;
+    assert_eq!(recipe.in_order().map(|(name, _)| name).collect::<Vec<_>>(), ["tune", "transfer"]);
+    assert!(!recipe.stage.contains_key("recover"), "what is not used is gone");
+    assert!(loaded.text.find("[stage.tune]").unwrap() < loaded.text.find("[stage.transfer]").unwrap());
+    let tune = &recipe.stage["tune"];
+    assert_eq!((tune.optimizer.clip, tune.optimizer.beta2, tune.lr), (0.0, 0.999, Stage::default().lr));
+    // Text of its own: what it does not say is said by `[data]`.
+    let data = tune.data.as_ref().unwrap();
+    assert_eq!((data.sources[0].as_str(), data.format, data.field.as_str()), ("b.json", Format::Alpaca, "body"));
+    assert!(!data.mask_prompt && recipe.stage["transfer"].data.is_none());
+    assert_eq!(load(at("mine.toml").to_str().unwrap(), &["stages=transfer"]).recipe.stage.len(), 1);
+}
+
+#[test]
 fn tokens_are_bounded_by_epochs() {
-    let transfer = load("llama/lolcats", &["transfer.epochs=1.5"]).recipe.transfer;
+    let transfer = load("llama/lolcats", &["stage.transfer.epochs=1.5"]).recipe.stage["transfer"].clone();
     assert_eq!((transfer.budget(1_000), transfer.budget(1 << 40)), (1_500, 20_000_000));
-    let recover = Recover { tokens: 500, epochs: None, ..Recover::default() };
+    let recover = Stage { tokens: 500, epochs: None, ..Stage::recover() };
     assert_eq!(recover.budget(1), 500, "no bound, no matter how short the text");
 }
 
 #[test]
 fn the_defaults_are_shown_with_comments() {
-    let text = load("tiny/lolcats", &["layers={keep=[0]}", "transfer.schedule={kind=\"constant\"}"]).text;
+    let text = load("tiny/lolcats", &["layers={keep=[0]}", "stage.transfer.schedule={kind=\"constant\"}"]).text;
     let part = |from: &str, lines: usize| {
         let at = text.find(from).unwrap_or_else(|| panic!("{text}"));
         text[at..].lines().take(lines).collect::<Vec<_>>().join("\n")
@@ -373,8 +431,8 @@ fn the_defaults_are_shown_with_comments() {
     # Commit, branch or tag.
     # revision =
     "##);
-    insta::assert_snapshot!(part("[transfer.schedule]", 3), @r##"
-    [transfer.schedule]
+    insta::assert_snapshot!(part("[stage.transfer.schedule]", 3), @r##"
+    [stage.transfer.schedule]
     kind = "constant"
     # Share of the steps spent warming up linearly.
     "##);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use margay::convert::load::Model;
-use margay::convert::plan::Section;
+use margay::convert::plan::{Section, heads};
 use margay::data::{Tokenizer, read_recall};
 use margay::error::{Error, Kind, Result};
 use margay::evaluate::{Quality, Recall, Subject, quality, recall};
@@ -130,7 +130,7 @@ fn sections(quality: Option<&Quality>, recall: Option<&Recall>) -> Vec<Section> 
         let mut rows: Vec<_> = recall.by_pairs.iter().map(|(n, (r, a))| row(n.to_string(), *r, *a)).collect();
         let (right, asked) = recall.by_pairs.values().fold((0, 0), |(r, a), (right, asked)| (r + right, a + asked));
         rows.push(row("all".into(), right, asked));
-        sections.push(Section { title: "Recall", columns: vec!["pairs", "right", "asked", "accuracy"], rows });
+        sections.push(Section { title: "Recall", columns: heads(["pairs", "right", "asked", "accuracy"]), rows });
     }
     sections
 }
