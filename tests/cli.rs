@@ -315,7 +315,7 @@ fn conversion_and_verification() {
     assert_eq!(again.status.code(), Some(1));
     assert!(stderr(&again).contains("is a finished conversion"));
 
-    let text = ["--data", "fixtures/llama-tiny/valid.jsonl", "--tokens", "1024", "--seq-len", "128"];
+    let text = ["--data", "fixtures/llama-tiny/valid.jsonl", "--tokens", "1024", "--seq-len", "256"];
     let report = json(&[&["verify", &export, "--teacher", FIXTURE, "--json"], &text[..]].concat());
     assert_eq!(report["passed"], true);
     assert!(report["stages"][0]["quality"]["kl"].as_f64().unwrap() > 0.0);

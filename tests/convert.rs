@@ -467,8 +467,8 @@ fn the_last_stage_may_have_its_own_text() {
             "stage.tune={{train=['mixer','lora','o_proj'],loss={{next_token=1}},tokens=2048,seq_len=64,batch=4,lr=3e-3,\
              eval_every=4,data={{sources=[{alpaca:?}]{data}}}}}"
         );
-        let align = "stage.align={train=['mixer','q_proj','k_proj','v_proj','o_proj'],loss={hidden_l2=1},tokens=1024,\
-                     seq_len=32,batch=4,lr=3e-3,eval_every=4}";
+        let align = "stage.align={train=['mixer','q_proj','k_proj','v_proj','o_proj'],loss={hidden_l2=1},tokens=3072,\
+                     seq_len=64,batch=4,lr=3e-3,eval_every=4}";
         let job = home.job(name, &["layers=[1]", align, &tune, "stages=['align','recover','tune']"]);
         let report = done(&job);
         let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();

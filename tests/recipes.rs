@@ -246,34 +246,48 @@ contexts = [0, 8]
 "#,
     )]);
     insta::assert_snapshot!(refused(&at("mine.toml"), &["stage.recover.bach=4", "transfer.tokens=3", "seed=x", "nothing", "verify.tokens=nan"]), @r##"
-    recipe `mine.toml` has 28 problems:
+    recipe `mine.toml` has 42 problems:
       mine.toml:2:9: `about` must be a string, found `3`
-      mine.toml:3:1: unknown key `lr`; did you mean `transfer.lr` or `recover.lr`?
+      mine.toml:3:1: unknown key `lr`; did you mean `stage.<name>.lr`?
       mine.toml:4:12: unknown key `layers.kept`; did you mean `layers.keep`?
-      mine.toml:7:10: `transfer.tokens` must be an integer, found the string `"many"`
-      mine.toml:8:1: unknown key `transfer.bacth`; did you mean `transfer.batch`?
-      mine.toml:9:11: `transfer.seq_len` must be at least 2, found `0`
-      mine.toml:10:6: `transfer.lr` must be at least 0, found `-1`
-      mine.toml:11:10: `transfer.epochs` must be a number, found a date
-      mine.toml:12:15: `transfer.micro_batch` must be at most `batch`
-      mine.toml:13:21: `transfer.schedule.kind` cannot be `cosin`; did you mean `cosine`? known: constant, cosine, plateau
-      mine.toml:16:10: `recover.tokens` must be an integer, found `1.5`
-      mine.toml:17:39: `recover.schedule.floor` must be at most 1, found `2`
-      mine.toml:18:20: `recover.lora.dropout` must be below 1, found `1.0`
-      mine.toml:18:46: `recover.lora.targets[1]` cannot be `query`; known: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-      mine.toml:18:55: `recover.lora.targets[2]` must be one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, found `3`
-      mine.toml:19:13: `recover.ce_weight` and `kl_weight` are both 0, so there is nothing to learn; `tokens = 0` skips the stage
-      mine.toml:22:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats
-      mine.toml:25:14: `data.validation` must be below 1, found `1`
-      mine.toml:26:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto
-      mine.toml:27:11: `data.sources` must be a list, each item a string, found the string `"a.txt"`
-      mine.toml:28:9: `data.field` must be a name, found an empty string
-      mine.toml:31:18: `export.max_shard_size` must be a size such as `5GB` or `500MB`, found `5 gigs`
-      mine.toml:34:13: `verify.contexts[0]` must be at least 1, found `0`
-      mine.toml:36:2: unknown key `verfy`; did you mean `verify`?
-      --set nothing: `nothing` is not `key=value`, such as `transfer.tokens=20000`
-      --set recover.bach: unknown key `recover.bach`; did you mean `recover.batch`?
+      mine.toml:5:10: stage `Tune` of `stages` is no name; use small letters, digits, `_` and `-`
+      mine.toml:5:10: stage `align` of `stages` has no table `[stage.align]`; tables there are: Tune, plan, recover, transfer, tune, unused
+      mine.toml:5:10: stage `plan` of `stages` means something else; choose another name
+      mine.toml:5:10: stage `tune` of `stages` comes twice; let it be two tables of two names
+      mine.toml:7:2: unknown key `recover`; did you mean `stage.recover`?
+      mine.toml:11:10: `stage.transfer.tokens` must be an integer, found the string `"many"`
+      mine.toml:12:1: unknown key `stage.transfer.bacth`; did you mean `stage.transfer.batch`?
+      mine.toml:13:11: `stage.transfer.seq_len` must be at least 2, found `0`
+      mine.toml:14:6: `stage.transfer.lr` must be at least 0, found `-1`
+      mine.toml:15:10: `stage.transfer.epochs` must be a number, found a date
+      mine.toml:16:15: `stage.transfer.micro_batch` must be at most `batch`
+      mine.toml:17:21: `stage.transfer.schedule.kind` cannot be `cosin`; did you mean `cosine`? known: constant, linear, cosine, wsd, plateau
+      mine.toml:20:10: `stage.recover.tokens` must be an integer, found `1.5`
+      mine.toml:21:39: `stage.recover.schedule.floor` must be at most 1, found `2`
+      mine.toml:22:20: `stage.recover.lora.dropout` must be below 1, found `1.0`
+      mine.toml:22:46: `stage.recover.lora.targets[1]` cannot be `query`; known: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+      mine.toml:22:55: `stage.recover.lora.targets[2]` must be one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, found `3`
+      mine.toml:23:8: `stage.recover.loss` mixes losses of single layers (`output_mse`, `attention_ce`, `hidden_mse`, `hidden_l2`) with losses of the whole model (`logit_kl`, `next_token`); make two stages of them
+      mine.toml:23:26: unknown key `stage.recover.loss.nexttoken`; did you mean `stage.recover.loss.next_token`?
+      mine.toml:24:10: `stage.recover.train[0]` cannot be `mixers`; did you mean `mixer`? known: mixer, lora, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+      mine.toml:25:20: `stage.recover.kl.direction` cannot be `both`; known: forward, reverse
+      mine.toml:25:42: `stage.recover.kl.temperature` must be above 0, found `0`
+      mine.toml:33:1: `stage.tune.loss` has no weight above 0, so there is nothing to learn; `tokens = 0` skips the stage
+      mine.toml:34:9: `stage.tune.train` names nothing; `tokens = 0` skips the stage
+      mine.toml:35:12: `stage.tune.schedule` warms up and decays over 1.05 of the steps, more than all
+      mine.toml:36:20: `stage.tune.data.sources` must be a list, each item a string, found `3`
+      mine.toml:42:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats
+      mine.toml:45:14: `data.validation` must be below 1, found `1`
+      mine.toml:46:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto
+      mine.toml:47:11: `data.sources` must be a list, each item a string, found the string `"a.txt"`
+      mine.toml:48:9: `data.field` must be a name, found an empty string
+      mine.toml:51:18: `export.max_shard_size` must be a size such as `5GB` or `500MB`, found `5 gigs`
+      mine.toml:54:13: `verify.contexts[0]` must be at least 1, found `0`
+      mine.toml:56:2: unknown key `verfy`; did you mean `verify`?
+      --set nothing: `nothing` is not `key=value`, such as `stage.transfer.tokens=20000`
       --set seed: `seed` must be an integer, found the string `"x"`
+      --set stage.recover.bach: unknown key `stage.recover.bach`; did you mean `stage.recover.batch`?
+      --set transfer.tokens: unknown key `transfer`; did you mean `stage.transfer`?
       --set verify.tokens: `verify.tokens` must be an integer, found a number that is not finite
     hint: `margay recipe schema` describes every key; `margay recipe show llama/lolcats` shows them in use
     "##);
@@ -423,13 +437,13 @@ fn the_defaults_are_shown_with_comments() {
     insta::assert_snapshot!(part("# Which layers", 9), @r##"
     # Which layers are converted: `"all"`, a list of indices, or `{ keep = [...] }` for the ones that stay softmax.
     layers = { keep = [0] }
+    # The training stages that run, in this order: names of the tables `[stage.<name>]`.
+    stages = ["transfer", "recover"]
 
     # The checkpoint the recipe was written for.
     [base]
     # Hub id, `org/name`.
     # repo =
-    # Commit, branch or tag.
-    # revision =
     "##);
     insta::assert_snapshot!(part("[stage.transfer.schedule]", 3), @r##"
     [stage.transfer.schedule]

@@ -439,11 +439,12 @@ fn accumulation_equals_the_whole_batch() -> Result {
     let transfer = recipe::Stage::transfer();
     let loss = recipe::Loss { next_token: 1.0, logit_kl: 0.5, ..recipe::Loss::default() };
     let recover = recipe::Stage { loss, ..recipe::Stage::recover() };
-    let tasks: [(&str, Box<dyn Task + '_>); 2] = [
-        ("transfer", Box::new(Transfer::new(&s.decoder, &s.teacher, &[&s.student], &transfer, 4, 1))),
-        ("recover", Box::new(Recover::new(&s.decoder, &s.teacher, &s.student, &recover, 4, 1))),
-    ];
-    for (what, mut task) in tasks {
+    for (what, stage) in [("transfer", transfer), ("recover", recover)] {
+        s.prepare(&stage, 5)?;
+        let mut task: Box<dyn Task> = match stage.loss.layer_wise() {
+            true => Box::new(Transfer::new(&s.decoder, &s.teacher, &[&s.student], &stage, 4, 1)),
+            false => Box::new(Recover::new(&s.decoder, &s.teacher, &s.student, &stage, 4, 1)),
+        };
         let params = task.params();
         let (_, whole) = gradients(task.as_mut(), &[(s.rows(0, 4)?, 1.0)], 0)?;
         for micro in [1, 2] {

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::progress::Progress;
 use crate::recipe::{Data, Recipe, Stage};
 
-/// Packed text, all in rows of one length: where two stages name the same text, they hold back the same of it.
+/// Packed text, all in rows of one length: two stages that read the same text alike hold back the same of it.
 pub struct Texts<'a> {
     data: &'a Data,
     /// What the model is measured on, and what stages without a text of their own train on.

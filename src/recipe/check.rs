@@ -219,7 +219,7 @@ impl Check<'_> {
                 }
                 None => Some(format!("has no table `[stage.{name}]`; tables there are: {}", tables.join(", "))),
                 _ if RESERVED.contains(&name.as_str()) => Some("means something else; choose another name".into()),
-                _ if recipe.stages[..n].contains(name) => Some("comes twice; give the second table a name".into()),
+                _ if recipe.stages[..n].contains(name) => Some("comes twice; let it be two tables of two names".into()),
                 _ => None,
             };
             if let Some(wrong) = wrong {

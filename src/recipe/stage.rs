@@ -10,8 +10,7 @@ use crate::families::Projection;
 pub const RESERVED: [&str; 11] =
     ["load", "plan", "swap", "merge", "export", "verify", "teacher", "swapped", "exported", "finish", "lock"];
 
-/// A training stage. The keys that are not given are those below, for any name but `transfer` and `recover`, which start
-/// as the two stages of LoLCATs.
+/// A training stage. `transfer` and `recover` start as the two stages of LoLCATs, any other name as the defaults here.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Stage {
