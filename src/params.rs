@@ -1,4 +1,4 @@
-//! Named weights that train, and LoRA adapters on frozen ones.
+//! Named weights that train, and changes of frozen ones: LoRA, and projections in full.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -111,79 +111,174 @@ fn stream_of(seed: u64, layer: usize, stream: u64) -> ChaCha8Rng {
     rng
 }
 
-/// LoRA on projections of the decoder: `y += scale * (x Aᵀ) Bᵀ`.
+/// Changes of frozen projections that train in their stead, so that teacher and student share the weights: LoRA,
+/// `y += scale * (x Aᵀ) Bᵀ`, and changes in full, `y += x Δᵀ`. Those of one projection add up. All of them start without
+/// effect, train until they are put to rest, and are merged into their weights at the end.
+#[derive(Default)]
 pub struct Adapters {
-    /// (A [rank, in], B [out, rank]) by layer and projection.
-    pairs: BTreeMap<(usize, Projection), (Var, Var)>,
-    pub rank: usize,
-    pub alpha: f64,
-    pub dropout: f64,
+    changes: BTreeMap<(usize, Projection), Vec<Change>>,
+}
+
+struct Change {
+    form: Form,
+    trains: bool,
+}
+
+enum Form {
+    /// A [rank, in] and B [out, rank].
+    Lora { a: Var, b: Var, scale: f64, dropout: f64 },
+    /// Δ [out, in].
+    Full { delta: Var },
+}
+
+/// Something of an adapter that trains.
+pub struct Adapted {
+    pub param: Param,
+    pub layer: usize,
+    pub projection: Projection,
+    /// Of a change in full, not of LoRA.
+    pub full: bool,
 }
 
 impl Adapters {
-    /// A starts U(±1/√in), B at zero: the student starts unchanged.
-    pub fn new(
+    /// Puts everything to rest: it goes on acting, without gradient and without dropout.
+    pub fn rest(&mut self) {
+        self.changes.values_mut().flatten().for_each(|change| change.trains = false);
+    }
+
+    /// LoRA beside what is there, training. A starts U(±1/√in), B at zero: nothing changes yet.
+    pub fn add_lora(
+        &mut self,
         architecture: &Architecture,
-        targets: &[Projection],
+        places: &[(usize, Projection)],
         settings: &crate::recipe::Lora,
         seed: u64,
         device: &Device,
-    ) -> Result<Self> {
-        let mut pairs = BTreeMap::new();
-        for layer in 0..architecture.layers {
-            for (n, target) in targets.iter().enumerate() {
-                let [out, inner] = architecture.shape(*target);
-                let init = Init::Uniform { bound: (inner as f64).powf(-0.5), stream: 0x100 + n as u64 };
-                let a = init.tensor(&[settings.rank, inner], seed, layer)?.to_device(device)?;
-                let b = Tensor::zeros((out, settings.rank), DType::F32, device)?;
-                pairs.insert((layer, *target), (Var::from_tensor(&a)?, Var::from_tensor(&b)?));
+    ) -> Result<()> {
+        let scale = settings.alpha / settings.rank as f64;
+        for (layer, p) in places {
+            let [out, inner] = architecture.shape(*p);
+            let init = Init::Uniform { bound: (inner as f64).powf(-0.5), stream: 0x100 + *p as u64 };
+            let a = Var::from_tensor(&init.tensor(&[settings.rank, inner], seed, *layer)?.to_device(device)?)?;
+            let b = Var::zeros((out, settings.rank), DType::F32, device)?;
+            let form = Form::Lora { a, b, scale, dropout: settings.dropout };
+            self.changes.entry((*layer, *p)).or_default().push(Change { form, trains: true });
+        }
+        Ok(())
+    }
+
+    /// A change in full, training: the one that is there already, or a new one that starts at 0.
+    pub fn add_full(
+        &mut self,
+        architecture: &Architecture,
+        places: &[(usize, Projection)],
+        device: &Device,
+    ) -> Result<()> {
+        for (layer, p) in places {
+            let changes = self.changes.entry((*layer, *p)).or_default();
+            match changes.iter_mut().find(|c| matches!(c.form, Form::Full { .. })) {
+                Some(there) => there.trains = true,
+                None => {
+                    let [out, inner] = architecture.shape(*p);
+                    let delta = Var::zeros((out, inner), DType::F32, device)?;
+                    changes.push(Change { form: Form::Full { delta }, trains: true });
+                }
             }
         }
-        Ok(Adapters { pairs, rank: settings.rank, alpha: settings.alpha, dropout: settings.dropout })
+        Ok(())
     }
 
-    fn scale(&self) -> f64 {
-        self.alpha / self.rank as f64
-    }
-
-    /// What the adapter of a projection adds for input `x` [.., in], where there is one. `noise` seeds dropout.
+    /// What the changes of a projection add for input `x` [.., in], where there are any. `noise` seeds dropout.
     pub fn apply(&self, layer: usize, p: Projection, x: &Tensor, noise: Option<u64>) -> Result<Option<Tensor>> {
-        let Some((a, b)) = self.pairs.get(&(layer, p)) else { return Ok(None) };
+        let Some(changes) = self.changes.get(&(layer, p)) else { return Ok(None) };
+        let stream = (layer * 8 + p as usize) as u64;
         let mut shape = x.dims().to_vec();
         let inner = shape.pop().unwrap_or(0);
-        let mut x = x.reshape((x.elem_count() / inner, inner))?;
-        if let Some(seed) = noise.filter(|_| self.dropout > 0.0) {
-            x = (&x * keep_mask(x.dims(), self.dropout, seed, (layer * 8 + p as usize) as u64, x.device())?)?;
+        let x = x.reshape((x.elem_count() / inner, inner))?;
+        let mut sum: Option<Tensor> = None;
+        for change in changes {
+            let y = change.apply(&x, noise.filter(|_| change.trains).map(|seed| (seed, stream)))?;
+            sum = Some(match sum {
+                Some(sum) => (sum + y)?,
+                None => y,
+            });
         }
-        let low = x.matmul(&a.to_dtype(x.dtype())?.t()?)?;
-        let y = low.matmul(&(b.as_tensor() * self.scale())?.to_dtype(x.dtype())?.t()?)?;
+        let Some(y) = sum else { return Ok(None) };
         shape.push(y.dim(1)?);
-        Ok(Some(y.reshape(shape)?))
+        y.reshape(shape).map(Some)
     }
 
-    /// `weight + scale * B A` in f32, cast once to the weight's own type; `None` where there is no adapter.
+    /// `weight` with all its changes in f32, cast once to the weight's own type; `None` where there are none.
     pub fn merged(&self, layer: usize, p: Projection, weight: &Tensor) -> Result<Option<Tensor>> {
-        let Some((a, b)) = self.pairs.get(&(layer, p)) else { return Ok(None) };
-        let change = (b.matmul(a.as_tensor())? * self.scale())?;
-        (weight.to_dtype(DType::F32)? + change)?.to_dtype(weight.dtype()).map(Some)
+        let Some(changes) = self.changes.get(&(layer, p)) else { return Ok(None) };
+        let mut sum = weight.to_dtype(DType::F32)?;
+        for change in changes {
+            sum = match &change.form {
+                Form::Lora { a, b, scale, .. } => (sum + (b.matmul(a.as_tensor())? * *scale)?)?,
+                Form::Full { delta } => (sum + delta.as_tensor())?,
+            };
+        }
+        sum.detach().to_dtype(weight.dtype()).map(Some)
     }
 
-    /// All A and B, by the names PEFT gives them.
-    pub fn params(&self) -> Vec<Param> {
-        let named = |((layer, p), (a, b)): (&(usize, Projection), &(Var, Var))| {
-            let module = format!("model.layers.{layer}.{}", p.path());
-            [("lora_A", a), ("lora_B", b)].map(|(side, var)| Param {
-                name: format!("{module}.{side}.weight"),
-                var: var.clone(),
-                scalar: false,
-            })
-        };
-        self.pairs.iter().flat_map(named).collect()
+    /// All that trains: A and B by the names PEFT gives them, Δ as `delta`.
+    pub fn trained(&self) -> Vec<Adapted> {
+        let mut found = Vec::new();
+        for ((layer, projection), changes) in &self.changes {
+            for change in changes.iter().filter(|c| c.trains) {
+                let vars: &[(&str, &Var)] = match &change.form {
+                    Form::Lora { a, b, .. } => &[("lora_A.weight", a), ("lora_B.weight", b)],
+                    Form::Full { delta } => &[("delta", delta)],
+                };
+                found.extend(vars.iter().map(|(end, var)| Adapted {
+                    param: Param {
+                        name: format!("model.layers.{layer}.{}.{end}", projection.path()),
+                        var: (*var).clone(),
+                        scalar: false,
+                    },
+                    layer: *layer,
+                    projection: *projection,
+                    full: matches!(change.form, Form::Full { .. }),
+                }));
+            }
+        }
+        found
     }
 
-    /// Layers and projections that carry an adapter.
+    /// Drops the changes of a layer: its weights are the frozen ones again.
+    pub fn forget(&mut self, layer: usize) {
+        self.changes.retain(|(l, _), _| *l != layer);
+    }
+
+    /// Whether a projection of a layer is changed.
+    pub fn changes(&self, layer: usize, p: Projection) -> bool {
+        self.changes.contains_key(&(layer, p))
+    }
+
+    /// Layers and projections that are changed.
     pub fn targets(&self) -> impl Iterator<Item = (usize, Projection)> + '_ {
-        self.pairs.keys().copied()
+        self.changes.keys().copied()
+    }
+}
+
+impl Change {
+    /// What this adds for `x` [rows, in]: [rows, out]. `noise` is seed and stream of dropout.
+    fn apply(&self, x: &Tensor, noise: Option<(u64, u64)>) -> Result<Tensor> {
+        let part = |var: &Var| if self.trains { var.as_tensor().clone() } else { var.as_detached_tensor() };
+        match &self.form {
+            Form::Lora { a, b, scale, dropout } => {
+                let x = match noise.filter(|_| *dropout > 0.0) {
+                    Some((seed, stream)) => {
+                        (x * keep_mask(x.dims(), *dropout, seed, stream, x.device())?.to_dtype(x.dtype())?)?
+                    }
+                    None => x.clone(),
+                };
+                let low = x.matmul(&part(a).to_dtype(x.dtype())?.t()?)?;
+                low.matmul(&(part(b) * *scale)?.to_dtype(x.dtype())?.t()?)
+            }
+            Form::Full { delta } if self.trains => x.matmul(&delta.as_tensor().to_dtype(x.dtype())?.t()?),
+            Form::Full { delta } => linear(x, &part(delta).to_dtype(x.dtype())?),
+        }
     }
 }
 

@@ -111,7 +111,7 @@ fn recipes() {
 fn a_shown_recipe_is_the_recipe() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("own.toml").display().to_string();
-    let text = says(&["recipe", "show", "llama/lolcats", "--set", "transfer.tokens=20000"]);
+    let text = says(&["recipe", "show", "llama/lolcats", "--set", "stage.transfer.tokens=20000"]);
     assert!(text.contains("tokens = 20000"));
     fs::write(&file, &text).unwrap();
     says(&["recipe", "check", &file]);
@@ -124,7 +124,7 @@ fn copying_a_recipe_overwrites_nothing() {
     let file = dir.path().join("own.toml").display().to_string();
     says(&["recipe", "copy", "tiny/lolcats", &file]);
     let written = fs::read_to_string(&file).unwrap();
-    assert!(written.contains("[transfer]"));
+    assert!(written.contains("[stage.transfer]"));
     assert_snapshot!("recipe-copy-again", shown(&["recipe", "copy", "llama/lolcats", &file], dir.path()));
     assert_eq!(fs::read_to_string(&file).unwrap(), written);
 }
@@ -133,7 +133,7 @@ fn copying_a_recipe_overwrites_nothing() {
 fn a_wrong_recipe_shows_all_its_problems() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("own.toml").display().to_string();
-    fs::write(&file, "extends = \"llama/lolcats\"\nsede = 1\n\n[mixer]\nwindw = 32\n\n[transfer]\nlr = \"fast\"\n")
+    fs::write(&file, "extends = \"llama/lolcats\"\nsede = 1\n\n[mixer]\nwindw = 32\n\n[stage.transfer]\nlr = \"fast\"\n\n[recover]\nlr = 1\n")
         .unwrap();
     assert_snapshot!("recipe-check", shown(&["recipe", "check", &file], dir.path()));
 }
@@ -146,7 +146,7 @@ fn refusals() {
     assert_snapshot!("no-model", shown(&convert("./no/model", &tiny), none));
     assert_snapshot!("no-recipe", shown(&convert(FIXTURE, &tiny[2..]), none));
     assert_snapshot!("recipe-typo", shown(&convert(FIXTURE, &["--recipe", "tiny/lolcat", "--out", "unused"]), none));
-    let set = [&tiny[..], &["--set", "transfer.tokns=1"]].concat();
+    let set = [&tiny[..], &["--set", "stage.transfer.tokns=1"]].concat();
     assert_snapshot!("set-typo", shown(&convert(FIXTURE, &set), none));
     assert_snapshot!("out-taken", shown(&convert(FIXTURE, &["--recipe", "tiny/lolcats", "--out", "src"]), none));
     assert_snapshot!("no-device", shown(&convert(FIXTURE, &[&tiny[..], &["--device", "tpu"]].concat()), none));
@@ -305,12 +305,12 @@ fn doctor_and_completions() {
 /// A conversion that trains almost nothing.
 fn convert(out: &Path) -> Vec<String> {
     let sets = [
-        "transfer.tokens=2048",
-        "transfer.seq_len=128",
-        "transfer.eval_every=100",
-        "recover.tokens=1024",
-        "recover.seq_len=128",
-        "recover.eval_every=100",
+        "stage.transfer.tokens=2048",
+        "stage.transfer.seq_len=128",
+        "stage.transfer.eval_every=100",
+        "stage.recover.tokens=1024",
+        "stage.recover.seq_len=128",
+        "stage.recover.eval_every=100",
         "data.validation_tokens=512",
         "verify.tokens=1024",
         "verify.contexts=[64]",
@@ -387,7 +387,7 @@ fn conversion_and_verification() {
     let (table, told) = (stdout(&done), stderr(&done));
     assert!(done.status.success(), "{told}");
     assert!(told.contains("continuing the unfinished run") && told.contains("margay generate"), "{told}");
-    for word in ["teacher", "swapped", "transferred", "recovered", "exported", "ok", "linear", "window", "tokens/s"] {
+    for word in ["teacher", "swapped", "transfer", "recover", "exported", "ok", "linear", "window", "tokens/s"] {
         assert!(table.contains(word), "`{word}` is not in\n{table}");
     }
     assert!(!table.contains("FAILED") && !table.contains('\x1b'), "{table}");
@@ -396,7 +396,7 @@ fn conversion_and_verification() {
     assert_eq!(again.status.code(), Some(1));
     assert!(stderr(&again).contains("is a finished conversion"));
 
-    let text = ["--data", "fixtures/llama-tiny/valid.jsonl", "--tokens", "1024", "--seq-len", "128"];
+    let text = ["--data", "fixtures/llama-tiny/valid.jsonl", "--tokens", "1024", "--seq-len", "256"];
     let report = json(&[&["verify", &export, "--teacher", FIXTURE, "--json"], &text[..]].concat());
     assert_eq!(report["passed"], true);
     assert!(report["stages"][0]["quality"]["kl"].as_f64().unwrap() > 0.0);
@@ -439,7 +439,7 @@ fn ctrl_c_saves_and_the_same_command_goes_on() {
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("out");
     let mut args = convert(&out);
-    args.extend(["--set", "transfer.tokens=2000000", "--json-logs"].map(Into::into));
+    args.extend(["--set", "stage.transfer.tokens=2000000", "--json-logs"].map(Into::into));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let mut child = command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));

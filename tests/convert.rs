@@ -86,7 +86,7 @@ fn with_all_layers_kept_every_byte_comes_out_as_it_went_in() {
     for style in STYLES {
         let home = Home::new(&config(), style);
         fs::write(home.model().join("chat_template.jinja"), "{{ messages }}\r\n").unwrap();
-        let job = home.job("out", &["layers={keep=[0,1]}", "transfer.tokens=0", "recover.tokens=0"]);
+        let job = home.job("out", &["layers={keep=[0,1]}", "stage.transfer.tokens=0", "stage.recover.tokens=0"]);
         let report = done(&job);
         assert_eq!(tensors(&job.model), tensors(&job.out));
         let (source, export) = (files(&job.model), files(&job.out));
@@ -102,7 +102,7 @@ fn with_all_layers_kept_every_byte_comes_out_as_it_went_in() {
 #[test]
 fn a_kept_layer_keeps_its_bytes_and_gets_nothing_new() {
     let home = Home::tiny();
-    let job = home.job("out", &["layers={keep=[0]}", "recover.tokens=0"]);
+    let job = home.job("out", &["layers={keep=[0]}", "stage.recover.tokens=0"]);
     let report = done(&job);
     let (source, export) = (tensors(&job.model), tensors(&job.out));
     let new: Vec<&String> = export.keys().filter(|name| !source.contains_key(*name)).collect();
@@ -113,7 +113,7 @@ fn a_kept_layer_keeps_its_bytes_and_gets_nothing_new() {
     assert!(matches!(report.linear_shares[..], [None, Some(_)]), "{:?}", report.linear_shares);
 
     // Adapters change the projections they sit on, in every layer, and nothing else.
-    let job = home.job("adapted", &["layers=[1]", "recover.lora.targets=[\"v_proj\",\"down_proj\"]"]);
+    let job = home.job("adapted", &["layers=[1]", "stage.recover.lora.targets=[\"v_proj\",\"down_proj\"]"]);
     done(&job);
     let adapted = tensors(&job.out);
     for (name, bytes) in &source {
@@ -129,7 +129,7 @@ fn a_full_conversion_says_everything_and_reopens() {
         let job = home.job("out", &["export.max_shard_size='20KB'"]);
         let report = done(&job);
         let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
-        assert_eq!(names, ["teacher", "swapped", "transferred", "recovered", "exported"]);
+        assert_eq!(names, ["teacher", "swapped", "transfer", "recover", "exported"]);
         for stage in ["transfer", "recover"] {
             let (first, best) = losses(&job.out, stage);
             assert!(best < 0.9 * first, "{stage}: {first} to {best}");
@@ -148,7 +148,7 @@ fn a_full_conversion_says_everything_and_reopens() {
         let headers = Checkpoint::open(&job.out).unwrap();
         assert!(headers.names().eq(manifest.tensors.keys().map(String::as_str)));
         assert_eq!((manifest.source.as_str(), manifest.recipe_origin.as_str()), ("model", "llama/lolcats"));
-        assert_eq!(manifest.recipe.transfer.tokens, 3072);
+        assert_eq!(manifest.recipe.stage["transfer"].tokens, 3072);
         assert_eq!(manifest.stages["recover"]["tokens"], 3072);
         assert_eq!(manifest.data["sources"], json!(["text.txt"]));
         assert!(manifest.merged.as_ref().unwrap().weights == 8 && manifest.verify.is_some());
@@ -205,19 +205,27 @@ fn alone<'a>() -> Against<'a> {
 }
 
 /// Everything a resumed run must bring back: uneven accumulation, dropout, decay, teacher, schedules with memory.
-const HARD: [&str; 8] = [
+const HARD: [&str; 12] = [
+    "transfer.train=['mixer','v_proj']",
     "transfer.micro_batch=3",
     "transfer.eval_every=2",
     "transfer.schedule={kind='plateau',patience=0,factor=0.5}",
+    "recover.train=['lora','mixer']",
     "recover.micro_batch=3",
-    "recover.kl_weight=0.5",
+    "recover.loss.logit_kl=0.5",
     "recover.lr_mixer=1e-3",
     "recover.lora.dropout=0.2",
     "recover.optimizer.weight_decay=0.01",
+    "recover.schedule={kind='cosine',warmup=0.2}",
+    // Trains v_proj on, beside a second LoRA, at half the length.
+    "tune={train=['lora','v_proj'],loss={next_token=1,logit_kl=0.2},kl={direction='reverse',top_k=5,temperature=2},\
+     tokens=1024,seq_len=32,batch=4,lr=1e-3,eval_every=4,lora={rank=2,dropout=0.1},schedule={kind='wsd'}}",
 ];
 
 fn hard(home: &Home, out: &str) -> Job {
-    home.job(out, &[&HARD[..], &["recover.schedule={kind='cosine',warmup=0.2}"]].concat())
+    let sets: Vec<String> = HARD.iter().map(|set| format!("stage.{set}")).collect();
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    home.job(out, &[&sets[..], &["stages=['transfer','recover','tune']"]].concat())
 }
 
 /// What the tests of interrupted runs are measured against.
@@ -275,6 +283,8 @@ fn a_run_stopped_in_every_stage_ends_with_the_same_bits() {
 
     interrupted(&job, "recover:5", "`recover` after step 5 of 12");
     interrupted(&job, "recover:4", "`recover` after step 9 of 12");
+    interrupted(&job, "tune:3", "`tune` after step 3 of 8");
+    assert_eq!(job.child("tune:2", Act::Kill), Ended::Killed);
     interrupted(&job, "write:2", "while writing");
     finishes_like_the_uninterrupted(&job);
 }
@@ -285,7 +295,14 @@ fn a_kill_at_any_event_costs_nothing() {
     // One of each stage at least, and what comes between.
     let mut moments: Vec<&String> = (0..4).map(|i| &events[(7 + i * events.len()) / 4 % events.len()]).collect();
     let of = |stage: &str, n: usize| events.iter().filter(|e| e.starts_with(stage)).nth(n).unwrap();
-    moments.extend([of("transfer", 6), of("recover", 9), of("write", 3), of("write", 0), events.last().unwrap()]);
+    moments.extend([
+        of("transfer", 6),
+        of("recover", 9),
+        of("tune", 5),
+        of("write", 3),
+        of("write", 0),
+        events.last().unwrap(),
+    ]);
     for (n, moment) in moments.into_iter().enumerate() {
         let job = hard(home, &format!("killed{n}"));
         assert_eq!(job.child(moment, Act::Kill), Ended::Killed, "{moment}");
@@ -338,7 +355,7 @@ fn only_the_same_run_is_continued() {
     job.convert().unwrap();
     job.until = false;
 
-    let mut other = home.job("out", &["recover.lr=2e-2"]);
+    let mut other = home.job("out", &["stage.recover.lr=2e-2"]);
     let error = refused(&other, Kind::Output, &["out.margay", "recipe", "lr = 0.02"]);
     assert!(error.hint.unwrap().contains("--restart"));
     let text = fs::read_to_string(home.path("text.txt")).unwrap();
@@ -353,7 +370,7 @@ fn only_the_same_run_is_continued() {
     restarted.restart = true;
     refused_as_finished(&restarted);
     // A restart of another run leaves no trace of the one it threw away.
-    let clean = home.job("clean", &["recover.lr=2e-2"]);
+    let clean = home.job("clean", &["stage.recover.lr=2e-2"]);
     done(&clean);
     assert_eq!(fingerprint(&clean.out), fingerprint(&other.out));
 }
@@ -406,13 +423,13 @@ fn every_option_of_training_trains() {
     let alpaca = format!("data.sources=[{alpaca:?}]");
     let mut base = None;
     let runs: [(&str, &[&str], &str); 7] = [
-        ("plain", &["recover.tokens=0"], "transfer"),
-        ("masked", &[&alpaca, "transfer.seq_len=32"], "recover"),
+        ("plain", &["stage.recover.tokens=0"], "transfer"),
+        ("masked", &[&alpaca, "stage.transfer.seq_len=32"], "recover"),
         ("unmasked", &[&alpaca, "data.mask_prompt=false"], "recover"),
-        ("weights", &["transfer.attention_ce_weight=1", "transfer.mse_weight=0", "recover.tokens=0"], "transfer"),
-        ("kl", &["recover.kl_weight=1", "recover.ce_weight=0", "recover.lora.dropout=0.1"], "recover"),
+        ("weights", &["stage.transfer.loss={attention_ce=1,output_mse=0}", "stage.recover.tokens=0"], "transfer"),
+        ("kl", &["stage.recover.loss={logit_kl=1,next_token=0}", "stage.recover.lora.dropout=0.1"], "recover"),
         ("frozen", &[], "recover"),
-        ("mixers", &["recover.lr_mixer=1e-2"], "recover"),
+        ("mixers", &["stage.recover.train=['lora','mixer']"], "recover"),
     ];
     for (name, sets, stage) in runs {
         let job = home.job(name, sets);
@@ -437,14 +454,60 @@ fn every_option_of_training_trains() {
     assert!(kl("kl") < kl("frozen"), "KL {:?} where it is trained, {:?} where not", kl("kl"), kl("frozen"));
 }
 
+/// A list of stages of one's own: two sets of LoRA and projections in full are merged to what they were together, and the
+/// last stage learns the answers of its own text.
+#[test]
+fn the_last_stage_may_have_its_own_text() {
+    let home = Home::tiny();
+    let alpaca = home.path("chats.json");
+    let row = |i: usize| json!({"instruction": format!("Say {i}"), "input": "", "output": format!("{i} {i} and {i}.")});
+    fs::write(&alpaca, json!((0..120).map(row).collect::<Vec<_>>()).to_string()).unwrap();
+    let run = |name: &str, data: &str| {
+        let tune = format!(
+            "stage.tune={{train=['mixer','lora','o_proj'],loss={{next_token=1}},tokens=2048,seq_len=64,batch=4,lr=3e-3,\
+             eval_every=4,data={{sources=[{alpaca:?}]{data}}}}}"
+        );
+        let align = "stage.align={train=['mixer','q_proj','k_proj','v_proj','o_proj'],loss={hidden_l2=1},tokens=3072,\
+                     seq_len=64,batch=4,lr=3e-4,lr_mixer=1e-2,eval_every=2}";
+        let job = home.job(name, &["layers=[1]", align, &tune, "stages=['align','recover','tune']"]);
+        let report = done(&job);
+        let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
+        assert_eq!(names, ["teacher", "swapped", "align", "recover", "tune", "exported"]);
+        let manifest = manifest(&job.out);
+        assert!(manifest.stages.keys().eq(["align", "recover", "tune"]), "in the order they ran");
+        assert_eq!(manifest.data["sources"], json!(["text.txt"]));
+        assert_eq!(manifest.data["stages"]["tune"]["sources"], json!(["chats.json"]));
+        for stage in ["align", "recover", "tune"] {
+            let (first, best) = losses(&job.out, stage);
+            assert!(best < 0.99 * first, "{stage}: {first} to {best}");
+        }
+        let merged = manifest.merged.unwrap();
+        assert_eq!(merged.weights, 8, "q, k, v, o of both layers");
+        // f32 sums in another order.
+        assert!(merged.max_logit_difference < 1e-5 * merged.max_logit.max(1.0), "{}", merged.max_logit_difference);
+        tensors(&job.out)
+    };
+    let (answers, all) = (run("answers", ""), run("all", ",mask_prompt=false"));
+    assert!(answers != all, "without its mask the last stage learns something else");
+}
+
+#[test]
+fn only_a_stage_of_the_recipe_is_stopped_after() {
+    let home = Home::tiny();
+    let mut job = home.job("out", &["stages=['recover']"]);
+    job.until = true; // after transfer
+    let error = refused(&job, Kind::Usage, &["no stage `transfer`"]);
+    assert!(error.hint.unwrap().contains("plan, swap, recover, merge, export"));
+}
+
 #[test]
 fn an_explosion_names_its_place_and_keeps_the_last_good_state() {
     let home = Home::tiny();
-    let job = home.job("out", &["transfer.lr=1e30"]);
+    let job = home.job("out", &["stage.transfer.lr=1e30"]);
     refused(&job, Kind::Training, &["model.layers.0.self_attn.", "step 1 ", "`transfer`"]);
-    let job = home.job("late", &["recover.lr=1e30"]);
+    let job = home.job("late", &["stage.recover.lr=1e30"]);
     let error = refused(&job, Kind::Training, &["model.layers.0.self_attn.", "lora_", "step 1 ", "`recover`"]);
-    assert!(error.hint.unwrap().contains("recover.lr"));
+    assert!(error.hint.unwrap().contains("stage.recover.lr"));
     assert_eq!(job.states("transfer").len(), 1, "what transfer reached is there");
 
     // Weights that are finite, activations that are not: the loss itself is named.
@@ -471,7 +534,7 @@ fn bad_input_is_one_clear_error_and_leaves_no_output() {
     refused(&data("short.txt", b"Not much.\n"), Kind::Data, &["short.txt", "11 tokens"]);
     refused(&home.job("out", &["data.sources=['nowhere.txt']"]), Kind::Io, &["nowhere.txt"]);
     refused(&home.job("out", &["data.sources=[]"]), Kind::Data, &["no text"]);
-    refused(&home.job("out", &["transfer.batch=100000"]), Kind::Data, &["100000 sequences"]);
+    refused(&home.job("out", &["stage.transfer.batch=100000"]), Kind::Data, &["100000 sequences"]);
     refused(&home.job("out", &["layers=[2]"]), Kind::Recipe, &["layer 2"]);
 
     let file = home.path("file");
@@ -527,7 +590,7 @@ fn bad_input_is_one_clear_error_and_leaves_no_output() {
 #[test]
 fn a_converted_model_is_not_converted_again() {
     let home = Home::tiny();
-    let job = home.job("out", &["recover.tokens=0"]);
+    let job = home.job("out", &["stage.recover.tokens=0"]);
     done(&job);
     let again = Job { model: job.out.clone(), ..home.job("again", &[]) };
     refused(&again, Kind::Config, &["converted already", "`model`"]);

@@ -66,7 +66,14 @@ fn matches_reference(folder: &Path) {
     let tokens = list("eval_ids");
     let hidden = decoder.hidden(&ids(&tokens[..tokens.len() - 1]), &net).unwrap().squeeze(0).unwrap();
     let next = Tensor::new(&tokens[1..], &CPU).unwrap();
-    let target = Target { tokens: &next, mask: None, teacher: None, ce_weight: 1.0, kl_weight: 0.0 };
+    let target = Target {
+        tokens: &next,
+        mask: None,
+        teacher: None,
+        ce_weight: 1.0,
+        kl_weight: 0.0,
+        kl: margay::recipe::Kl::default(),
+    };
     let sums = measure(&hidden, &decoder.head, &target).unwrap();
     assert!((sums.nll / sums.rows - wanted["eval_mean_nll"].as_f64().unwrap()).abs() < 1e-5);
 }

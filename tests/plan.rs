@@ -10,7 +10,7 @@ use margay::convert::plan::{self, Fate, Plan, PlanDevice, micro_batch, steps};
 use margay::error::Kind;
 use margay::families;
 use margay::progress::Silent;
-use margay::recipe::{self, Best, By, KeepBest, Layers, Loaded, Recipe};
+use margay::recipe::{Best, By, KeepBest, Layers, Loaded, Loss, Recipe, Stage};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -74,6 +74,10 @@ fn loaded(recipe: Recipe) -> Loaded {
 
 fn planned(headers: &Headers, recipe: Recipe) -> margay::Result<Plan> {
     Plan::of(headers, &loaded(recipe), PlanDevice::Cpu, None)
+}
+
+fn stage<'a>(recipe: &'a mut Recipe, name: &str) -> &'a mut Stage {
+    recipe.stage.get_mut(name).unwrap()
 }
 
 fn names(plan: &Plan, fate: Fate) -> Vec<&str> {
@@ -162,8 +166,9 @@ fn layers_by_list_and_by_keep() {
     assert_eq!(hybrid, "softmax stays in 1 of 3 layers, 128 B of cache per token, chosen after `transfer`");
     assert!(plan.sections()[0].rows.iter().any(|row| row[1] == hybrid));
     let recipe = Recipe { layers: best(By::TransferMse), ..Recipe::default() };
-    let idle = recipe::Transfer { tokens: 0, ..recipe.transfer.clone() };
-    let error = planned(&headers, Recipe { transfer: idle, ..recipe }).unwrap_err();
+    let mut idle = recipe;
+    idle.stage.insert("transfer".into(), Stage { tokens: 0, ..idle.stage["transfer"].clone() });
+    let error = planned(&headers, idle).unwrap_err();
     assert!(error.kind == Kind::Recipe && error.message.contains("`transfer-mse`"), "{error}");
 
     let error = layers(Layers::Only(vec![3])).unwrap_err();
@@ -182,7 +187,7 @@ fn recipes_that_do_not_fit_are_refused() {
     assert!(error.message.contains("skip_connection"), "{error}");
 
     let mut recipe = Recipe::default();
-    recipe.recover.lora.targets = vec!["q_proj".into(), "qproj".into()];
+    stage(&mut recipe, "recover").lora.targets = vec!["q_proj".into(), "qproj".into()];
     let error = planned(&headers, recipe).unwrap_err();
     assert!(error.kind == Kind::Recipe && error.message.contains("`qproj`"), "{error}");
 }
@@ -190,7 +195,7 @@ fn recipes_that_do_not_fit_are_refused() {
 #[test]
 fn nothing_trains_with_no_tokens() {
     let mut recipe = Recipe::default();
-    (recipe.transfer.tokens, recipe.recover.tokens) = (0, 0);
+    recipe.stage.values_mut().for_each(|stage| stage.tokens = 0);
     let plan = planned(&described(&tiny()), recipe).unwrap();
     assert!(plan.stages.is_empty() && names(&plan, Fate::Merged).is_empty());
     assert_eq!((plan.disk.run, names(&plan, Fate::New).len()), (0, 9));
@@ -203,9 +208,12 @@ fn warnings_name_what_differs() {
     headers.source.revision = Some("0123456789".into());
     let mut recipe = Recipe::default();
     recipe.base.repo = Some("org/model".into());
-    (recipe.transfer.seq_len, recipe.recover.tokens) = (2048, 100);
+    stage(&mut recipe, "transfer").seq_len = 2048;
+    stage(&mut recipe, "recover").tokens = 100;
     let text = planned(&headers, recipe.clone()).unwrap().warnings.join("\n");
-    for part in ["no weights", "`org/model`", "`org/other`", "transfer.seq_len", "1024", "`recover` has 100 tokens"] {
+    for part in
+        ["no weights", "`org/model`", "`org/other`", "stage.transfer.seq_len", "1024", "`recover` has 100 tokens"]
+    {
         assert!(text.contains(part), "{part} in {text}");
     }
     (recipe.base.repo, recipe.base.revision) = (Some("org/other".into()), Some("ffff".into()));
@@ -215,8 +223,9 @@ fn warnings_name_what_differs() {
 #[test]
 fn epochs_bound_the_tokens() {
     let mut recipe = Recipe::default();
-    (recipe.transfer.epochs, recipe.recover.epochs) = (Some(2.0), None);
-    let plan = Plan::of(&described(&tiny()), &loaded(recipe), PlanDevice::Cpu, Some(30_000)).unwrap();
+    stage(&mut recipe, "transfer").epochs = Some(2.0);
+    let text = ["transfer", "recover"].map(|name| (name.to_string(), 30_000)).into();
+    let plan = Plan::of(&described(&tiny()), &loaded(recipe), PlanDevice::Cpu, Some(&text)).unwrap();
     let transfer = plan.stage("transfer").unwrap();
     assert_eq!((transfer.tokens, transfer.steps, transfer.tokens_per_step), (60_000, 8, 8192));
     assert_eq!(plan.stage("recover").unwrap().tokens, 20_000_000);
@@ -253,6 +262,61 @@ fn figures_of_llama_3_8b() {
     assert_eq!(plan.verify.weights, 3 * transfer.memory.weights, "student, export, teacher");
     assert_eq!(transfer.memory.optimizer, 20 * transfer.trainable);
     assert_eq!(recover.memory.optimizer, 20 * recover.trainable + 4 * transfer.trainable, "maps rest");
+}
+
+/// Stages of a list of one's own: what each trains, what rests from those before, and what is merged in the end.
+#[test]
+fn a_list_of_stages() {
+    let align = Stage {
+        train: ["mixer", "q_proj", "o_proj"].map(String::from).into(),
+        loss: Loss { hidden_l2: 1.0, ..Loss::default() },
+        ..Stage::default()
+    };
+    let distill = Stage {
+        train: ["lora", "o_proj"].map(String::from).into(),
+        loss: Loss { logit_kl: 1.0, ..Loss::default() },
+        ..Stage::default()
+    };
+    let skipped = Stage { tokens: 0, train: vec!["up_proj".into()], ..Stage::recover() };
+    let recipe = Recipe {
+        layers: Layers::Only(vec![0, 2]),
+        stages: ["align", "skipped", "distill"].map(String::from).into(),
+        stage: [("align", align), ("distill", distill), ("skipped", skipped), ("unused", Stage::recover())]
+            .map(|(name, stage)| (name.to_string(), stage))
+            .into(),
+        ..Recipe::default()
+    };
+    let plan = planned(&described(&tiny()), recipe.clone()).unwrap();
+    let [align, distill] = &plan.stages[..] else { panic!("{:?}", plan.stages) };
+    assert_eq!((align.name.as_str(), distill.name.as_str()), ("align", "distill"));
+    // Two layers of hidden size 32: q and o have 1024 elements each, the mixer 2 x 4 x 8 x 8 + 4.
+    let (q, o, mixer) = (2 * 1024, 2 * 1024, 2 * 516);
+    let lora = 3 * 8 * (64 + 48 + 48 + 64);
+    assert_eq!(align.trainable, q + o + mixer);
+    assert_eq!(distill.trainable, o + lora);
+    assert_eq!(align.memory.optimizer, 20 * align.trainable);
+    assert_eq!(distill.memory.optimizer, 20 * distill.trainable + 4 * (q + mixer), "q and the mixers rest");
+    let why = |name: &str| {
+        let tensor = plan.tensors.iter().find(|t| t.name == format!("model.layers.{name}.weight")).unwrap();
+        (tensor.fate, tensor.note.as_deref())
+    };
+    assert_eq!(why("0.self_attn.q_proj"), (Fate::Merged, Some("trained, LoRA of rank 8")));
+    assert_eq!(why("1.self_attn.q_proj"), (Fate::Merged, Some("LoRA of rank 8")));
+    assert_eq!(why("0.mlp.up_proj"), (Fate::Kept, None));
+
+    let refusal = |change: &dyn Fn(&mut Stage), name: &str| {
+        let mut recipe = recipe.clone();
+        change(stage(&mut recipe, name));
+        let error = planned(&described(&tiny()), recipe).unwrap_err();
+        assert_eq!(error.kind, Kind::Recipe);
+        error.message
+    };
+    let message = refusal(&|s| s.loss.next_token = 1.0, "align");
+    assert!(message.contains("`stage.align.loss` mixes"), "{message}");
+    let message = refusal(&|s| s.loss = Loss { output_mse: 1.0, ..Loss::default() }, "align");
+    assert!(message.contains("`stage.align.train` names `o_proj`, which learns nothing"), "{message}");
+    let message = refusal(&|s| s.loss = Loss::default(), "distill");
+    assert!(message.contains("`stage.distill.loss` has no weight"), "{message}");
 }
 
 #[test]

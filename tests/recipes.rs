@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use margay::error::Kind;
-use margay::recipe::{self, By, Layers, Loaded, Mixer, Recipe, Recover, Schedule};
+use margay::recipe::{self, By, Format, Layers, Loaded, Mixer, Recipe, Schedule, Stage};
 use serde_json::Value;
 
 fn load(name: &str, sets: &[&str]) -> Loaded {
@@ -64,6 +64,7 @@ fn the_promised_recipes_are_shipped() {
     let names: BTreeSet<String> = shipped().into_iter().map(|(name, _)| name).collect();
     for name in [
         "llama/lolcats",
+        "llama/radlads",
         "llama/3.2-1b-lolcats",
         "llama/3.1-8b-lolcats",
         "llama/hedgehog",
@@ -139,7 +140,11 @@ fn fits(root: &Value, schema: &Value, json: &Value) -> bool {
         && json.as_object().is_none_or(|map| {
             map.iter().all(|(key, value)| match schema["properties"].get(key) {
                 Some(property) => fits(root, property, value),
-                None => schema.get("additionalProperties") != Some(&false.into()),
+                None => match schema.get("additionalProperties") {
+                    Some(Value::Bool(any)) => *any,
+                    Some(each) => fits(root, each, value),
+                    None => true,
+                },
             })
         })
 }
@@ -151,7 +156,9 @@ fn the_schema_fits_every_shipped_recipe_as_written_and_as_shown() {
         for text in [std::fs::read_to_string(path).unwrap(), load(&name, &[]).text] {
             let mut json = serde_json::to_value(text.parse::<toml::Table>().unwrap()).unwrap();
             assert!(fits(&schema, &schema, &json), "{name}\n{text}");
-            json["transfer"]["batch"] = 0.into();
+            json["stage"]["align"] = serde_json::json!({ "batch": 8 });
+            assert!(fits(&schema, &schema, &json), "{name}: a stage of any name");
+            json["stage"]["align"]["batch"] = 0.into();
             assert!(!fits(&schema, &schema, &json), "{name}");
         }
     }
@@ -162,6 +169,9 @@ fn the_schema_describes_every_key() {
     fn walk(root: &Value, schema: &Value, path: &str) {
         let options = ["oneOf", "anyOf"].iter().filter_map(|k| schema[*k].as_array()).flatten();
         options.for_each(|option| walk(root, option, path));
+        if let Some(each) = schema.get("additionalProperties").filter(|each| each.is_object()) {
+            walk(root, each["$ref"].as_str().map_or(each, |r| root.pointer(&r[1..]).unwrap()), path);
+        }
         for (key, property) in schema["properties"].as_object().into_iter().flatten() {
             let target = property["$ref"].as_str().map_or(property, |r| root.pointer(&r[1..]).unwrap());
             let described = key == "kind" || [property, target].iter().any(|s| s["description"].is_string());
@@ -181,8 +191,12 @@ fn all_problems_are_reported_at_once_with_file_line_and_column() {
 about = 3
 lr = 0.1
 layers = { kept = [0] }
+stages = ["transfer", "recover", "align", "tune", "plan", "Tune", "tune"]
 
-[transfer]
+[recover]
+lr = 1
+
+[stage.transfer]
 tokens = "many"
 bacth = 8
 seq_len = 0
@@ -191,11 +205,27 @@ epochs = 1979-05-27
 micro_batch = 9
 schedule = { kind = "cosin", floor = 2 }
 
-[recover]
+[stage.recover]
 tokens = 1.5
 schedule = { kind = "cosine", floor = 2 }
 lora = { dropout = 1.0, targets = ["q_proj", "query", 3] }
-ce_weight = 0
+loss = { output_mse = 1, nexttoken = 1 }
+train = ["mixers"]
+kl = { direction = "both", temperature = 0 }
+
+[stage.plan]
+loss = { next_token = 1 }
+
+[stage.Tune]
+loss = { next_token = 1 }
+
+[stage.tune]
+train = []
+schedule = { kind = "wsd", decay = 0.95 }
+data = { sources = 3 }
+
+[stage.unused]
+train = []
 
 [mixer]
 kind = "lolcat"
@@ -215,35 +245,49 @@ contexts = [0, 8]
 [verfy]
 "#,
     )]);
-    insta::assert_snapshot!(refused(&at("mine.toml"), &["recover.bach=4", "seed=x", "nothing", "verify.tokens=nan"]), @r##"
-    recipe `mine.toml` has 28 problems:
+    insta::assert_snapshot!(refused(&at("mine.toml"), &["stage.recover.bach=4", "transfer.tokens=3", "seed=x", "nothing", "verify.tokens=nan"]), @r##"
+    recipe `mine.toml` has 42 problems:
       mine.toml:2:9: `about` must be a string, found `3`
-      mine.toml:3:1: unknown key `lr`; did you mean `transfer.lr` or `recover.lr`?
+      mine.toml:3:1: unknown key `lr`; did you mean `stage.<name>.lr`?
       mine.toml:4:12: unknown key `layers.kept`; did you mean `layers.keep`?
-      mine.toml:7:10: `transfer.tokens` must be an integer, found the string `"many"`
-      mine.toml:8:1: unknown key `transfer.bacth`; did you mean `transfer.batch`?
-      mine.toml:9:11: `transfer.seq_len` must be at least 2, found `0`
-      mine.toml:10:6: `transfer.lr` must be at least 0, found `-1`
-      mine.toml:11:10: `transfer.epochs` must be a number, found a date
-      mine.toml:12:15: `transfer.micro_batch` must be at most `batch`
-      mine.toml:13:21: `transfer.schedule.kind` cannot be `cosin`; did you mean `cosine`? known: constant, cosine, plateau
-      mine.toml:16:10: `recover.tokens` must be an integer, found `1.5`
-      mine.toml:17:39: `recover.schedule.floor` must be at most 1, found `2`
-      mine.toml:18:20: `recover.lora.dropout` must be below 1, found `1.0`
-      mine.toml:18:46: `recover.lora.targets[1]` cannot be `query`; known: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
-      mine.toml:18:55: `recover.lora.targets[2]` must be one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, found `3`
-      mine.toml:19:13: `recover.ce_weight` and `kl_weight` are both 0, so there is nothing to learn; `tokens = 0` skips the stage
-      mine.toml:22:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats
-      mine.toml:25:14: `data.validation` must be below 1, found `1`
-      mine.toml:26:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto
-      mine.toml:27:11: `data.sources` must be a list, each item a string, found the string `"a.txt"`
-      mine.toml:28:9: `data.field` must be a name, found an empty string
-      mine.toml:31:18: `export.max_shard_size` must be a size such as `5GB` or `500MB`, found `5 gigs`
-      mine.toml:34:13: `verify.contexts[0]` must be at least 1, found `0`
-      mine.toml:36:2: unknown key `verfy`; did you mean `verify`?
-      --set nothing: `nothing` is not `key=value`, such as `transfer.tokens=20000`
-      --set recover.bach: unknown key `recover.bach`; did you mean `recover.batch`?
+      mine.toml:5:10: stage `Tune` of `stages` is no name; use small letters, digits, `_` and `-`
+      mine.toml:5:10: stage `align` of `stages` has no table `[stage.align]`; tables there are: Tune, plan, recover, transfer, tune, unused
+      mine.toml:5:10: stage `plan` of `stages` means something else; choose another name
+      mine.toml:5:10: stage `tune` of `stages` comes twice; let it be two tables of two names
+      mine.toml:7:2: unknown key `recover`; did you mean `stage.recover`?
+      mine.toml:11:10: `stage.transfer.tokens` must be an integer, found the string `"many"`
+      mine.toml:12:1: unknown key `stage.transfer.bacth`; did you mean `stage.transfer.batch`?
+      mine.toml:13:11: `stage.transfer.seq_len` must be at least 2, found `0`
+      mine.toml:14:6: `stage.transfer.lr` must be at least 0, found `-1`
+      mine.toml:15:10: `stage.transfer.epochs` must be a number, found a date
+      mine.toml:16:15: `stage.transfer.micro_batch` must be at most `batch`
+      mine.toml:17:21: `stage.transfer.schedule.kind` cannot be `cosin`; did you mean `cosine`? known: constant, linear, cosine, wsd, plateau
+      mine.toml:20:10: `stage.recover.tokens` must be an integer, found `1.5`
+      mine.toml:21:39: `stage.recover.schedule.floor` must be at most 1, found `2`
+      mine.toml:22:20: `stage.recover.lora.dropout` must be below 1, found `1.0`
+      mine.toml:22:46: `stage.recover.lora.targets[1]` cannot be `query`; known: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+      mine.toml:22:55: `stage.recover.lora.targets[2]` must be one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, found `3`
+      mine.toml:23:8: `stage.recover.loss` mixes losses of single layers (`output_mse`, `attention_ce`, `hidden_mse`, `hidden_l2`) with losses of the whole model (`logit_kl`, `next_token`); make two stages of them
+      mine.toml:23:26: unknown key `stage.recover.loss.nexttoken`; did you mean `stage.recover.loss.next_token`?
+      mine.toml:24:10: `stage.recover.train[0]` cannot be `mixers`; did you mean `mixer`? known: mixer, lora, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+      mine.toml:25:20: `stage.recover.kl.direction` cannot be `both`; known: forward, reverse
+      mine.toml:25:42: `stage.recover.kl.temperature` must be above 0, found `0`
+      mine.toml:33:1: `stage.tune.loss` has no weight above 0, so there is nothing to learn; `tokens = 0` skips the stage
+      mine.toml:34:9: `stage.tune.train` names nothing; `tokens = 0` skips the stage
+      mine.toml:35:12: `stage.tune.schedule` warms up and decays over 1.05 of the steps, more than all
+      mine.toml:36:20: `stage.tune.data.sources` must be a list, each item a string, found `3`
+      mine.toml:42:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats
+      mine.toml:45:14: `data.validation` must be below 1, found `1`
+      mine.toml:46:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto
+      mine.toml:47:11: `data.sources` must be a list, each item a string, found the string `"a.txt"`
+      mine.toml:48:9: `data.field` must be a name, found an empty string
+      mine.toml:51:18: `export.max_shard_size` must be a size such as `5GB` or `500MB`, found `5 gigs`
+      mine.toml:54:13: `verify.contexts[0]` must be at least 1, found `0`
+      mine.toml:56:2: unknown key `verfy`; did you mean `verify`?
+      --set nothing: `nothing` is not `key=value`, such as `stage.transfer.tokens=20000`
       --set seed: `seed` must be an integer, found the string `"x"`
+      --set stage.recover.bach: unknown key `stage.recover.bach`; did you mean `stage.recover.batch`?
+      --set transfer.tokens: unknown key `transfer`; did you mean `stage.transfer`?
       --set verify.tokens: `verify.tokens` must be an integer, found a number that is not finite
     hint: `margay recipe schema` describes every key; `margay recipe show llama/lolcats` shows them in use
     "##);
@@ -251,7 +295,7 @@ contexts = [0, 8]
 
 #[test]
 fn a_syntax_error_has_its_line_and_column() {
-    let (_folder, at) = files(&[("mine.toml", "about = \"x\"\n[transfer]\nlr = = 3\nseed = 1\nseed = 2\n")]);
+    let (_folder, at) = files(&[("mine.toml", "about = \"x\"\n[stage.transfer]\nlr = = 3\nseed = 1\nseed = 2\n")]);
     insta::assert_snapshot!(refused(&at("mine.toml"), &[]), @r##"
     recipe `mine.toml` has 3 problems:
       mine.toml:3:6: not TOML: extra `=`, expected nothing
@@ -272,12 +316,14 @@ fn an_unknown_recipe_names_the_closest_or_all() {
 #[test]
 fn extends_merges_tables_key_by_key_through_files_and_shipped_recipes() {
     let (_folder, at) = files(&[
-        ("base.toml", "extends = \"llama/lolcats\"\n[transfer]\nlr = 0.5\n[mixer]\nwindow = 16\n"),
-        ("sub/mine.toml", "extends = \"../base.toml\"\nabout = \"mine\"\n[transfer]\nbatch = 4\n"),
+        ("base.toml", "extends = \"llama/lolcats\"\n[stage.transfer]\nlr = 0.5\n[mixer]\nwindow = 16\n"),
+        ("sub/mine.toml", "extends = \"../base.toml\"\nabout = \"mine\"\n[stage.transfer]\nbatch = 4\n"),
     ]);
     let (mine, parent) = (load(at("sub/mine.toml").to_str().unwrap(), &[]).recipe, load("llama/lolcats", &[]).recipe);
-    assert_eq!((mine.about.as_str(), mine.transfer.lr, mine.transfer.batch), ("mine", 0.5, 4));
-    assert_eq!((mine.transfer.epochs, &mine.recover), (parent.transfer.epochs, &parent.recover));
+    let transfer = &mine.stage["transfer"];
+    assert_eq!((mine.about.as_str(), transfer.lr, transfer.batch), ("mine", 0.5, 4));
+    assert_eq!(transfer.epochs, parent.stage["transfer"].epochs);
+    assert_eq!(mine.stage["recover"], parent.stage["recover"]);
     let Mixer::Lolcats(config) = &mine.mixer else { panic!("{:?}", mine.mixer) };
     assert_eq!(config.window, 16);
 }
@@ -285,11 +331,11 @@ fn extends_merges_tables_key_by_key_through_files_and_shipped_recipes() {
 #[test]
 fn a_table_of_another_kind_replaces_its_parent_whole() {
     let (_folder, at) = files(&[
-        ("base.toml", "[transfer.schedule]\nkind = \"plateau\"\npatience = 3\nwarmup = 0.1\n"),
-        ("same.toml", "extends = \"base.toml\"\n[transfer.schedule]\npatience = 4\n"),
-        ("other.toml", "extends = \"base.toml\"\n[transfer.schedule]\nkind = \"cosine\"\nfloor = 0.2\n"),
+        ("base.toml", "[stage.transfer.schedule]\nkind = \"plateau\"\npatience = 3\nwarmup = 0.1\n"),
+        ("same.toml", "extends = \"base.toml\"\n[stage.transfer.schedule]\npatience = 4\n"),
+        ("other.toml", "extends = \"base.toml\"\n[stage.transfer.schedule]\nkind = \"cosine\"\nfloor = 0.2\n"),
     ]);
-    let schedule = |name: &str| load(at(name).to_str().unwrap(), &[]).recipe.transfer.schedule;
+    let schedule = |name: &str| load(at(name).to_str().unwrap(), &[]).recipe.stage["transfer"].schedule.clone();
     assert_eq!(schedule("same.toml"), Schedule::Plateau { factor: 0.1, patience: 4, min_lr: 1e-5, warmup: 0.1 });
     assert_eq!(schedule("other.toml"), Schedule::Cosine { warmup: 0.0, floor: 0.2 });
 }
@@ -317,28 +363,29 @@ fn circles_and_broken_parents_are_refused() {
 #[test]
 fn set_changes_any_key_last() {
     let sets = [
-        "transfer.tokens=2e4",
-        "recover.tokens = 30_000",
+        "stage.transfer.tokens=2e4",
+        "stage.recover.tokens = 30_000",
         "layers={keep=[0, 3]}",
         "mixer.window=16",
         "mixer.window_kind=terraced",
-        "recover.schedule.floor=0.1",
-        "recover.schedule.kind=cosine",
+        "stage.recover.schedule.floor=0.1",
+        "stage.recover.schedule.kind=cosine",
         "base.revision=4e20",
         "about=\"with = and spaces\"",
         "data.sources=a.txt",
-        "recover.lora.targets=[\"v_proj\"]",
-        "transfer.lr=1",
+        "stage.recover.lora.targets=[\"v_proj\"]",
+        "stage.transfer.lr=1",
         "seed=1",
         "seed=7",
     ];
     let recipe = load("llama/3.2-1b-lolcats", &sets).recipe;
-    assert_eq!((recipe.transfer.tokens, recipe.recover.tokens, recipe.seed), (20_000, 30_000, 7));
+    let (transfer, recover) = (&recipe.stage["transfer"], &recipe.stage["recover"]);
+    assert_eq!((transfer.tokens, recover.tokens, recipe.seed), (20_000, 30_000, 7));
     assert_eq!(recipe.converted(5).unwrap(), [1, 2, 4]);
-    assert_eq!(recipe.recover.schedule, Schedule::Cosine { warmup: 0.0, floor: 0.1 });
+    assert_eq!(recover.schedule, Schedule::Cosine { warmup: 0.0, floor: 0.1 });
     assert_eq!(recipe.base.revision.as_deref(), Some("4e20"));
-    assert_eq!((recipe.about.as_str(), recipe.data.sources), ("with = and spaces", vec!["a.txt".to_string()]));
-    assert_eq!((recipe.recover.lora.targets, recipe.transfer.lr), (vec!["v_proj".to_string()], 1.0));
+    assert_eq!((recipe.about.as_str(), &recipe.data.sources), ("with = and spaces", &vec!["a.txt".to_string()]));
+    assert_eq!((&recover.lora.targets, transfer.lr), (&vec!["v_proj".to_string()], 1.0));
     let Mixer::Lolcats(config) = recipe.mixer else { panic!("another mixer") };
     assert_eq!(config.window, 16);
 
@@ -377,16 +424,41 @@ fn layers_that_stay_are_given_by_one_rule() {
 }
 
 #[test]
+fn stages_are_a_list_of_named_tables() {
+    let (_folder, at) = files(&[(
+        "mine.toml",
+        r#"
+extends = "llama/lolcats"
+stages = ["tune", "transfer"]
+data = { sources = ["a.txt"], field = "body", mask_prompt = false }
+stage.tune = { loss = { next_token = 2 }, optimizer = { clip = 0 }, data = { sources = ["b.json"], format = "alpaca" } }
+"#,
+    )]);
+    let loaded = load(at("mine.toml").to_str().unwrap(), &[]);
+    let recipe = &loaded.recipe;
+    assert_eq!(recipe.in_order().map(|(name, _)| name).collect::<Vec<_>>(), ["tune", "transfer"]);
+    assert!(!recipe.stage.contains_key("recover"), "what is not used is gone");
+    assert!(loaded.text.find("[stage.tune]").unwrap() < loaded.text.find("[stage.transfer]").unwrap());
+    let tune = &recipe.stage["tune"];
+    assert_eq!((tune.optimizer.clip, tune.optimizer.beta2, tune.lr), (0.0, 0.999, Stage::default().lr));
+    // Text of its own: what it does not say is said by `[data]`.
+    let data = tune.data.as_ref().unwrap();
+    assert_eq!((data.sources[0].as_str(), data.format, data.field.as_str()), ("b.json", Format::Alpaca, "body"));
+    assert!(!data.mask_prompt && recipe.stage["transfer"].data.is_none());
+    assert_eq!(load(at("mine.toml").to_str().unwrap(), &["stages=transfer"]).recipe.stage.len(), 1);
+}
+
+#[test]
 fn tokens_are_bounded_by_epochs() {
-    let transfer = load("llama/lolcats", &["transfer.epochs=1.5"]).recipe.transfer;
+    let transfer = load("llama/lolcats", &["stage.transfer.epochs=1.5"]).recipe.stage["transfer"].clone();
     assert_eq!((transfer.budget(1_000), transfer.budget(1 << 40)), (1_500, 20_000_000));
-    let recover = Recover { tokens: 500, epochs: None, ..Recover::default() };
+    let recover = Stage { tokens: 500, epochs: None, ..Stage::recover() };
     assert_eq!(recover.budget(1), 500, "no bound, no matter how short the text");
 }
 
 #[test]
 fn the_defaults_are_shown_with_comments() {
-    let text = load("tiny/lolcats", &["layers={keep=[0]}", "transfer.schedule={kind=\"constant\"}"]).text;
+    let text = load("tiny/lolcats", &["layers={keep=[0]}", "stage.transfer.schedule={kind=\"constant\"}"]).text;
     let part = |from: &str, lines: usize| {
         let at = text.find(from).unwrap_or_else(|| panic!("{text}"));
         text[at..].lines().take(lines).collect::<Vec<_>>().join("\n")
@@ -395,16 +467,16 @@ fn the_defaults_are_shown_with_comments() {
     # Which layers are converted: `"all"`, a list of indices, or those that stay softmax: `{ keep = [...] }`, the last of
     # each group with `{ every = 4 }`, or those that need it most with `{ keep_best = { count = 2 } }`.
     layers = { keep = [0] }
+    # The training stages that run, in this order: names of the tables `[stage.<name>]`.
+    stages = ["transfer", "recover"]
 
     # The checkpoint the recipe was written for.
     [base]
     # Hub id, `org/name`.
     # repo =
-    # Commit, branch or tag.
-    # revision =
     "##);
-    insta::assert_snapshot!(part("[transfer.schedule]", 3), @r##"
-    [transfer.schedule]
+    insta::assert_snapshot!(part("[stage.transfer.schedule]", 3), @r##"
+    [stage.transfer.schedule]
     kind = "constant"
     # Share of the steps spent warming up linearly.
     "##);

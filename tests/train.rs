@@ -10,12 +10,13 @@ use std::collections::HashMap;
 use candle_core::{D, DType, Device, Tensor, Var};
 use margay::convert::recover::Recover;
 use margay::convert::swap::swap;
+use margay::convert::trained;
 use margay::convert::transfer::Transfer;
 use margay::data::Batch;
 use margay::families::Projection;
 use margay::mixers::lolcats::Config;
 use margay::model::{Decoder, Net};
-use margay::params::{Adapters, Param};
+use margay::params::Param;
 use margay::recipe;
 use margay::train::adamw::AdamW;
 use margay::train::{Grads, Task};
@@ -57,13 +58,38 @@ fn setup() -> Result<Setup> {
     Ok(Setup { teacher: Net::teacher(model.architecture()), decoder, student, batch })
 }
 
+/// LoRA on every projection.
+fn lora(dropout: f64) -> recipe::Lora {
+    recipe::Lora { rank: 4, alpha: 8.0, dropout, targets: Projection::ALL.map(|p| p.name().into()).into() }
+}
+
+/// A stage that trains `what` on `loss`.
+fn stage(what: &[&str], loss: recipe::Loss) -> recipe::Stage {
+    let train = what.iter().map(|w| w.to_string()).collect();
+    recipe::Stage { train, loss, lora: lora(0.0), ..recipe::Stage::default() }
+}
+
 impl Setup {
     /// Adapters on every projection, B not zero, so that A has a gradient.
     fn adapt(&mut self, dropout: f64) -> Result {
-        let lora = recipe::Lora { rank: 4, alpha: 8.0, dropout, targets: Vec::new() };
-        let adapters = Adapters::new(&self.decoder.architecture, &Projection::ALL, &lora, 9, &CPU)?;
-        nudge(&adapters.params(), 0.1)?;
-        self.student.adapters = Some(adapters);
+        self.student.adapters = None;
+        let stage = recipe::Stage { lora: lora(dropout), ..recipe::Stage::recover() };
+        self.prepare(&stage, 9)
+    }
+
+    /// What a stage trains beside the mixers, away from its start.
+    fn prepare(&mut self, stage: &recipe::Stage, seed: u64) -> Result {
+        trained::prepare(&mut self.student, stage, &self.decoder.architecture, seed, &CPU)?;
+        let params: Vec<Param> = self.student.adapters.iter().flat_map(|a| a.trained()).map(|t| t.param).collect();
+        nudge(&params, 0.1)
+    }
+
+    /// `prepare`, and the values of what trains by name.
+    fn adapt_more(&mut self, stage: &recipe::Stage, seed: u64, named: &mut HashMap<String, Vec<Vec<f64>>>) -> Result {
+        self.prepare(stage, seed)?;
+        for t in self.student.adapters.iter().flat_map(|a| a.trained()) {
+            named.entry(t.param.name).or_default().push(flat(&t.param.var));
+        }
         Ok(())
     }
 
@@ -174,7 +200,7 @@ fn a_gradient_that_is_not_finite_changes_nothing_on(device: &Device) -> Result {
         var: Var::from_tensor(&Tensor::ones(2, DType::F32, device).unwrap()).unwrap(),
         scalar: false,
     });
-    let mut optimizer = AdamW::new(&params, &recipe::Recover::default().optimizer)?;
+    let mut optimizer = AdamW::new(&params, &recipe::Optimizer::default())?;
     let grads = [Some(Tensor::new(&[1f32, 1.0], device)?), Some(Tensor::new(&[1f32, f32::NAN], device)?)];
     let error = optimizer.update(&params, &grads, 0.1, &[1.0, 1.0])?.check(&params, "recover", 7).unwrap_err();
     assert!(error.message.contains("`bad`") && error.message.contains("step 7 of stage `recover`"), "{error}");
@@ -182,13 +208,32 @@ fn a_gradient_that_is_not_finite_changes_nothing_on(device: &Device) -> Result {
     Ok(())
 }
 
-/// A layer at a time gives the gradients of the mean loss over all layers in one graph.
+/// A layer at a time gives the gradients of the mean loss over all layers in one graph: of mixers, of projections in
+/// full and of LoRA, whichever loss is taken and whatever earlier stages left.
 #[test]
 fn transfer_gradients_equal_the_joint_loss() -> Result {
-    let Setup { decoder, teacher, student, batch } = &setup()?;
-    for attention_ce_weight in [0.0, 1.0] {
-        let settings = recipe::Transfer { attention_ce_weight, ..recipe::Transfer::default() };
-        let mut task = Transfer::new(decoder, teacher, student, &settings, 4);
+    use recipe::Loss;
+    let none = Loss::default;
+    let losses = [
+        (&["mixer"][..], Loss { output_mse: 1000.0, ..none() }, false),
+        (&["mixer"], Loss { output_mse: 1000.0, attention_ce: 1.0, ..none() }, false),
+        (&["mixer"], Loss { output_mse: 1000.0, ..none() }, true),
+        (&["mixer", "q_proj", "k_proj", "v_proj"], Loss { output_mse: 10.0, ..none() }, true),
+        (&["mixer", "q_proj", "k_proj", "v_proj", "o_proj"], Loss { hidden_l2: 3.0, ..none() }, false),
+        (&["mixer", "lora", "o_proj"], Loss { hidden_mse: 2.0, hidden_l2: 1.0, output_mse: 5.0, ..none() }, true),
+        (&["q_proj", "lora"], Loss { attention_ce: 0.5, hidden_mse: 2.0, ..none() }, false),
+    ];
+    for (what, weights, changed) in losses {
+        let mut s = setup()?;
+        if changed {
+            s.adapt(0.0)?;
+        }
+        let mut stage = stage(what, weights.clone());
+        stage.lora.targets.truncate(4);
+        assert_eq!(stage.problems(), []);
+        s.prepare(&stage, 21)?;
+        let Setup { decoder, teacher, student, batch } = &s;
+        let mut task = Transfer::new(decoder, teacher, &[student], &stage, 4, 1);
         let whole = Batch { inputs: batch.inputs.clone(), targets: batch.targets.clone(), mask: None };
         let (losses, got) = gradients(&mut task, &[(whole, 1.0)], 0)?;
 
@@ -196,33 +241,107 @@ fn transfer_gradients_equal_the_joint_loss() -> Result {
         let mut x = decoder.embed(&batch.inputs)?;
         let mut parts = Vec::new();
         for layer in 0..3 {
-            let heads = decoder.block(layer).heads(&x, &tables, None, None)?;
+            let block = decoder.block(layer);
+            let heads = block.heads(&x, &tables, None, None)?;
             let (target, wanted) = teacher.mixers[layer].parallel(&heads)?;
             if layer != 1 {
-                let (y, weights) = student.mixers[layer].parallel(&heads)?;
-                let mse = ((y - &target)?.sqr()?.mean_all()? * 1000.0)?;
-                let log = weights.all.maximum(1e-12)?.log()?;
+                let own = block.heads(&x, &tables, student.adapters.as_ref(), None)?;
+                let (y, found) = student.mixers[layer].parallel(&own)?;
+                let mse = |x: &Tensor, y: &Tensor| (x - y)?.sqr()?.mean_all();
+                let hidden = block.output(&y, student.adapters.as_ref(), None)?;
+                let after = (hidden - block.output(&target, None, None)?)?;
+                let log = found.all.maximum(1e-12)?.log()?;
                 // Minus the mean over rows of Σ_j A_ij log Â_ij.
                 let ce = (wanted.all * log)?.sum(D::Minus1)?.mean_all()?.neg()?;
-                parts.push((mse + (ce * attention_ce_weight)?)?);
+                let norm = after.sqr()?.sum(D::Minus1)?.sqrt()?.mean_all()?;
+                let terms = [
+                    (mse(&y, &target)?, weights.output_mse),
+                    (ce, weights.attention_ce),
+                    (after.sqr()?.mean_all()?, weights.hidden_mse),
+                    (norm, weights.hidden_l2 / (after.dim(2)? as f64).sqrt()),
+                ];
+                let mut sum = Tensor::zeros((), DType::F32, &CPU)?;
+                for (term, weight) in terms.iter().filter(|(_, weight)| *weight > 0.0) {
+                    sum = (sum + (term * *weight)?)?;
+                }
+                parts.push(sum);
             }
-            x = decoder.block(layer).finish(&x, &target, None, None)?;
+            x = block.finish(&x, &target, None, None)?;
         }
         let wanted: Vec<f64> = parts.iter().flat_map(flat).collect();
         close_slices("losses by layer", &losses, &wanted, 1e-5);
         let store = Tensor::stack(&parts, 0)?.mean_all()?.backward()?;
         let params = task.params();
-        assert_eq!(params.len(), 6);
+        let each = |w: &&str| match *w {
+            "mixer" => 3,
+            "lora" => 8,
+            _ => 1,
+        };
+        let here = what.iter().map(each).sum::<usize>();
+        assert_eq!(params.len(), 2 * here);
         let wanted: Vec<Tensor> = params.iter().map(|p| store.get(&p.var).cloned().unwrap()).collect();
-        same(&format!("attention cross-entropy {attention_ce_weight}"), &params, &got, &wanted, 1e-4);
-        assert_eq!((0..6).map(|i| task.part(i)).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 1]);
+        same(&format!("{what:?} on {weights:?}, changed {changed}"), &params, &got, &wanted, 2e-4);
+        let part: Vec<usize> = (0..2 * here).map(|i| task.part(i)).collect();
+        assert_eq!(part, [vec![0; here], vec![1; here]].concat());
         assert_eq!(task.part_name(1), "layer 2");
     }
     Ok(())
 }
 
+/// Students that share a walk of the teacher learn what each would alone.
+#[test]
+fn students_share_a_walk() -> Result {
+    let s = setup()?;
+    let config = Config { window: 2, ..Config::default() };
+    let other = swap(&s.decoder.architecture, &config, &[1, 2], 1, &CPU)?;
+    other.mixers.iter().try_for_each(|m| nudge(m.params(), 0.2))?;
+    let stage = recipe::Stage::transfer();
+    let run = |students: &[&Net]| -> Result<_> {
+        let mut task = Transfer::new(&s.decoder, &s.teacher, students, &stage, 4, 1);
+        let (losses, grads) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
+        let names: Vec<String> = task.params().into_iter().map(|p| p.name).collect();
+        let parts: Vec<String> = (0..losses.len()).map(|part| task.part_name(part)).collect();
+        Ok((losses, names.into_iter().zip(grads.iter().map(flat)).collect::<HashMap<_, _>>(), parts))
+    };
+    let (together, grads, parts) = run(&[&s.student, &other])?;
+    assert_eq!(parts, ["layer 0 of student 0", "layer 1 of student 1", "layer 2 of student 0", "layer 2 of student 1"]);
+    for (n, student) in [&s.student, &other].into_iter().enumerate() {
+        let (alone, lone, _) = run(&[student])?;
+        assert_eq!(alone, [together[n], together[2 + n]]);
+        for (name, gradient) in lone {
+            assert_eq!(grads[&format!("student {n}: {name}")], gradient, "{name}");
+        }
+    }
+    Ok(())
+}
+
+/// What a stage trains, and each kind at its own rate.
+#[test]
+fn every_kind_has_its_rate() -> Result {
+    let mut s = setup()?;
+    let mut both = stage(&["mixer", "lora", "v_proj"], recipe::Loss { next_token: 1.0, ..recipe::Loss::default() });
+    s.prepare(&both, 3)?;
+    let rates = |stage: &recipe::Stage, s: &Setup| -> Vec<f64> {
+        let all = trained::trained(&s.student, stage);
+        let of = |end: &str| all.iter().find(|t| t.param.name.ends_with(end)).unwrap().peak;
+        ["mlp.layer", "window_factors", "lora_A.weight", "delta"].map(of).to_vec()
+    };
+    both.lr = 1.0;
+    assert_eq!(rates(&both, &s), [1.0; 4]);
+    both.lr_mixer = Some(2.0);
+    assert_eq!(rates(&both, &s), [2.0, 2.0, 1.0, 1.0]);
+    (both.lr_scalars, both.lr_lora, both.lr_projections) = (Some(3.0), Some(4.0), Some(5.0));
+    assert_eq!(rates(&both, &s), [2.0, 3.0, 4.0, 5.0]);
+    // The next stage trains v on and leaves the rest.
+    let next = stage(&["v_proj"], both.loss.clone());
+    trained::prepare(&mut s.student, &next, &s.decoder.architecture, 4, &CPU)?;
+    let names: Vec<String> = trained::trained(&s.student, &next).into_iter().map(|t| t.param.name).collect();
+    assert_eq!(names, [0, 2].map(|l| format!("model.layers.{l}.self_attn.v_proj.delta")));
+    Ok(())
+}
+
 /// The loss of recovery over whole logits in one graph.
-fn whole_graph(s: &Setup, settings: &recipe::Recover, noise: Option<u64>) -> Result<Tensor> {
+fn whole_graph(s: &Setup, loss: &recipe::Loss, noise: Option<u64>) -> Result<Tensor> {
     let Setup { decoder, teacher, student, batch } = s;
     let tables = decoder.tables(0, batch.inputs.dim(1)?)?;
     let run = |net: &Net, noise| -> Result<Tensor> {
@@ -236,7 +355,7 @@ fn whole_graph(s: &Setup, settings: &recipe::Recover, noise: Option<u64>) -> Res
     let (p, t) = (run(student, noise)?, run(teacher, None)?);
     let ce = p.gather(&batch.targets.flatten_all()?.unsqueeze(1)?, 1)?.squeeze(1)?.neg()?;
     let kl = (t.exp()? * (t - p)?)?.sum(1)?;
-    let rows = ((ce * settings.ce_weight)? + (kl * settings.kl_weight)?)?;
+    let rows = ((ce * loss.next_token)? + (kl * loss.logit_kl)?)?;
     let mask = batch.mask.as_ref().unwrap().flatten_all()?;
     Ok((rows * &mask)?.sum_all()?.div(&mask.sum_all()?)?)
 }
@@ -246,15 +365,26 @@ fn whole_graph(s: &Setup, settings: &recipe::Recover, noise: Option<u64>) -> Res
 #[test]
 fn recovery_gradients_equal_one_graph() -> Result {
     let mut s = setup()?;
-    for (dropout, kl_weight, lr_mixer) in [(0.0, 0.0, 0.0), (0.0, 0.7, 1e-3), (0.4, 0.7, 1e-3)] {
-        s.adapt(dropout)?;
-        let settings = recipe::Recover { ce_weight: 0.8, kl_weight, lr_mixer, ..recipe::Recover::default() };
-        let what = format!("dropout {dropout}, KL {kl_weight}");
-        let mut task = Recover::new(&s.decoder, &s.teacher, &s.student, &settings, 4, 17);
+    let all = ["mixer", "lora", "q_proj", "o_proj", "up_proj", "down_proj"];
+    let full = 2 * 4;
+    for (dropout, logit_kl, train, count) in [
+        (0.0, 0.0, &["lora"][..], 3 * 7 * 2),
+        (0.0, 0.7, &["lora", "mixer"], 3 * 7 * 2 + 6),
+        (0.4, 0.7, &["lora", "mixer"], 3 * 7 * 2 + 6),
+        (0.4, 0.7, &all, 3 * 7 * 2 + 6 + full), // beside what the lines before left
+        (0.0, 0.7, &all[2..], full),
+    ] {
+        let loss = recipe::Loss { next_token: 0.8, logit_kl, ..recipe::Loss::default() };
+        let mut stage = stage(train, loss);
+        stage.lora.dropout = dropout;
+        s.prepare(&stage, 9)?;
+        let what = format!("dropout {dropout}, KL {logit_kl}, {train:?}");
+        let dropout = if train.contains(&"lora") { dropout } else { 0.0 };
+        let mut task = Recover::new(&s.decoder, &s.teacher, &s.student, &stage, 4, 17);
         let params = task.params();
-        assert_eq!(params.len(), 3 * 7 * 2 + if lr_mixer > 0.0 { 6 } else { 0 });
+        assert_eq!(params.len(), count, "{what}");
         let (losses, got) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
-        let loss = whole_graph(&s, &settings, Some(17))?; // the noise of position 0 is the seed's
+        let loss = whole_graph(&s, &stage.loss, Some(17))?; // the noise of position 0 is the seed's
         close_slices(&what, &losses, &flat(&loss), 1e-5);
         let store = loss.backward()?;
         let wanted: Vec<Tensor> = params.iter().map(|p| store.get(&p.var).cloned().unwrap()).collect();
@@ -275,9 +405,15 @@ fn recovery_gradients_equal_one_graph() -> Result {
 fn adapters_start_without_effect() -> Result {
     let mut s = setup()?;
     let before = flat(&s.decoder.hidden(&s.batch.inputs, &s.student)?);
-    let lora = recipe::Lora::default();
-    let adapters = Adapters::new(&s.decoder.architecture, &[Projection::Q, Projection::Down], &lora, 9, &CPU)?;
-    let params = adapters.params();
+    let train = ["lora", "k_proj"].map(String::from).into();
+    let lora = recipe::Lora { targets: ["q_proj", "down_proj"].map(String::from).into(), ..recipe::Lora::default() };
+    let stage = recipe::Stage { train, lora, ..recipe::Stage::recover() };
+    trained::prepare(&mut s.student, &stage, &s.decoder.architecture, 9, &CPU)?;
+    let trained = trained::trained(&s.student, &stage);
+    let (deltas, params): (Vec<Param>, Vec<Param>) =
+        trained.into_iter().map(|t| t.param).partition(|p| p.name.ends_with("delta"));
+    let deltas: Vec<String> = deltas.iter().map(|p| format!("{} {:?}", p.name, p.var.dims())).collect();
+    assert_eq!(deltas, [0, 2].map(|l| format!("model.layers.{l}.self_attn.k_proj.delta [16, 32]")));
     let named: Vec<String> = params[..4].iter().map(|p| format!("{} {:?}", p.name, p.var.dims())).collect();
     let wanted = [
         "model.layers.0.self_attn.q_proj.lora_A.weight [8, 32]",
@@ -291,7 +427,6 @@ fn adapters_start_without_effect() -> Result {
     assert!(a.iter().all(|a| a.abs() <= bound) && a.iter().any(|a| a.abs() > 0.95 * bound));
     assert!(flat(&params[3].var).iter().all(|b| *b == 0.0));
     assert_ne!(a, flat(&params[6].var), "layers start apart");
-    s.student.adapters = Some(adapters);
     assert_eq!(flat(&s.decoder.hidden(&s.batch.inputs, &s.student)?), before);
     Ok(())
 }
@@ -301,13 +436,15 @@ fn accumulation_equals_the_whole_batch() -> Result {
     let mut s = setup()?;
     s.batch.mask = None; // with a mask, micro-batches weigh equally, not their tokens
     s.adapt(0.0)?;
-    let transfer = recipe::Transfer::default();
-    let recover = recipe::Recover { kl_weight: 0.5, ..recipe::Recover::default() };
-    let tasks: [(&str, Box<dyn Task + '_>); 2] = [
-        ("transfer", Box::new(Transfer::new(&s.decoder, &s.teacher, &s.student, &transfer, 4))),
-        ("recover", Box::new(Recover::new(&s.decoder, &s.teacher, &s.student, &recover, 4, 1))),
-    ];
-    for (what, mut task) in tasks {
+    let transfer = recipe::Stage::transfer();
+    let loss = recipe::Loss { next_token: 1.0, logit_kl: 0.5, ..recipe::Loss::default() };
+    let recover = recipe::Stage { loss, ..recipe::Stage::recover() };
+    for (what, stage) in [("transfer", transfer), ("recover", recover)] {
+        s.prepare(&stage, 5)?;
+        let mut task: Box<dyn Task> = match stage.loss.layer_wise() {
+            true => Box::new(Transfer::new(&s.decoder, &s.teacher, &[&s.student], &stage, 4, 1)),
+            false => Box::new(Recover::new(&s.decoder, &s.teacher, &s.student, &stage, 4, 1)),
+        };
         let params = task.params();
         let (_, whole) = gradients(task.as_mut(), &[(s.rows(0, 4)?, 1.0)], 0)?;
         for micro in [1, 2] {
@@ -320,24 +457,32 @@ fn accumulation_equals_the_whole_batch() -> Result {
     Ok(())
 }
 
+/// LoRA twice and a projection in full: what they add up to, and what they leave of the weights in f32.
 #[test]
 fn merged_adapters_equal_the_adapted_forward() -> Result {
     let mut s = setup()?;
-    s.adapt(0.3)?; // dropout is off outside of training
+    let loss = recipe::Loss { next_token: 1.0, ..recipe::Loss::default() };
+    let mut named: HashMap<String, Vec<Vec<f64>>> = HashMap::new();
+    for (n, what) in [&["lora", "o_proj"][..], &["lora"]].into_iter().enumerate() {
+        s.adapt_more(&stage(what, loss.clone()), 9 + n as u64, &mut named)?;
+    }
     let adapted = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?)?;
     let adapters = s.student.adapters.take().unwrap();
     let base = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?)?;
     assert!(flat(&(&adapted - base)?).iter().any(|d| d.abs() > 0.01));
-    let pairs: HashMap<String, Vec<f64>> = adapters.params().iter().map(|p| (p.name.clone(), flat(&p.var))).collect();
     for (layer, p) in adapters.targets().collect::<Vec<_>>() {
         let weight = s.decoder.block(layer).weight(p)?;
         let merged = adapters.merged(layer, p, &weight)?.unwrap();
-        // W + (alpha / r) B A in loops
-        let side = |side: &str| &pairs[&format!("model.layers.{layer}.{}.lora_{side}.weight", p.path())];
-        let (a, b, inner) = (side("A"), side("B"), weight.dim(1)?);
-        let mut wanted = flat(&weight);
+        // W + (alpha / r) (B A + B' A') + Δ in loops
+        let of = |end: &str| named.get(&format!("model.layers.{layer}.{}.{end}", p.path()));
+        let (a, b) = (of("lora_A.weight").unwrap(), of("lora_B.weight").unwrap());
+        assert_eq!((a.len(), of("delta").is_some()), (2, p == Projection::O && layer != 1));
+        let (inner, mut wanted) = (weight.dim(1)?, flat(&weight));
         for (i, w) in wanted.iter_mut().enumerate() {
-            *w += 2.0 * (0..4).map(|r| b[i / inner * 4 + r] * a[r * inner + i % inner]).sum::<f64>();
+            for (a, b) in a.iter().zip(b) {
+                *w += 2.0 * (0..4).map(|r| b[i / inner * 4 + r] * a[r * inner + i % inner]).sum::<f64>();
+            }
+            *w += of("delta").map_or(0.0, |delta| delta[0][i]);
         }
         close_slices(&format!("layer {layer}, {}", p.name()), &flat(&merged), &wanted, 1e-6);
         s.decoder.block_mut(layer).set_weight(p, &merged)?;

@@ -3,15 +3,14 @@
 use candle_core::{DType, Tensor};
 
 use super::{Bench, Row, Work, forget_peak, peak, time};
-use crate::convert::plan::lora_targets;
 use crate::convert::recover::Recover;
 use crate::convert::swap::swap;
+use crate::convert::trained::prepare;
 use crate::convert::transfer::Transfer;
 use crate::data::Batch;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Decoder, Net, Steps};
-use crate::params::Adapters;
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, Stage};
 use crate::train::adamw::AdamW;
 use crate::train::{Grads, Task};
 
@@ -54,8 +53,7 @@ impl Bench<'_> {
     /// Median time of one optimiser step of `task`.
     fn step(&self, what: &str, task: &mut dyn Task, lr: f64, work: Work) -> Result<Row> {
         let params = task.params();
-        let recipe = self.recipe()?;
-        let mut optimizer = AdamW::new(&params, &recipe.transfer.optimizer)?;
+        let mut optimizer = AdamW::new(&params, &Stage::default().optimizer)?;
         let peaks = vec![1.0; params.len()];
         let micro = self.micro_batch.clamp(1, self.batch);
         let mut run = || -> Result<()> {
@@ -115,9 +113,10 @@ pub fn transfer(b: &Bench) -> Result<Row> {
     let all: Vec<usize> = (0..a.layers).collect();
     let student = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
     let teacher = Net::teacher(a);
-    let mut task = Transfer::new(&decoder, &teacher, &student, &recipe.transfer, b.micro_batch);
+    let stage = Stage::transfer();
+    let mut task = Transfer::new(&decoder, &teacher, &[&student], &stage, b.micro_batch, 0);
     let work = Work { flops: b.block_flops() * b.tokens(), bytes: 0.0, tokens: b.tokens() };
-    b.step("transfer step (stage 1, LoLCATs)", &mut task, recipe.transfer.lr, work)
+    b.step("transfer step (stage 1, LoLCATs)", &mut task, stage.lr, work)
 }
 
 /// Stage 2: one optimiser step of LoRA recovery on next-token loss.
@@ -126,14 +125,14 @@ pub fn recover(b: &Bench) -> Result<Row> {
     let a = &b.architecture;
     let all: Vec<usize> = (0..a.layers).collect();
     let mut student = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
-    let lora = &recipe.recover.lora;
-    student.adapters = Some(Adapters::new(a, &lora_targets(lora)?, lora, 0, &b.device)?);
+    let stage = Stage::recover();
+    prepare(&mut student, &stage, a, 0, &b.device)?;
     let teacher = Net::teacher(a);
-    let mut task = Recover::new(&decoder, &teacher, &student, &recipe.recover, b.micro_batch, 0);
+    let mut task = Recover::new(&decoder, &teacher, &student, &stage, b.micro_batch, 0);
     // Forward, recomputation and the gradient of every activation; the head without recomputation.
     let head = 2.0 * (a.vocab * a.hidden) as f64;
     let work = Work { flops: (3.0 * b.block_flops() + 2.0 * head) * b.tokens(), bytes: 0.0, tokens: b.tokens() };
-    b.step("recover step (stage 2, LoRA on q, k, v, o)", &mut task, recipe.recover.lr, work)
+    b.step("recover step (stage 2, LoRA on q, k, v, o)", &mut task, stage.lr, work)
 }
 
 /// One-token steps of the converted model, a batch of sequences at once. The state does not grow, so a short prompt

@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use margay::bench::{self, Bench as Run, Row, shapes};
 use margay::convert::load::compute_dtype;
-use margay::convert::plan::{PlanDevice, Section, bytes, micro_batch};
+use margay::convert::plan::{PlanDevice, Section, bytes, heads, micro_batch};
 use margay::error::Result;
 use serde_json::json;
 
@@ -114,7 +114,7 @@ impl Bench {
                 ("products", format!("{:.1} TFLOP/s", ceilings.matmul_tflops)),
             ],
         );
-        let columns = vec!["what", "ms", "tokens/s", "TFLOP/s", "GB/s", "of ceiling", "peak memory"];
+        let columns = heads(["what", "ms", "tokens/s", "TFLOP/s", "GB/s", "of ceiling", "peak memory"]);
         out.tables(&[list, Section { title: "Speed", columns, rows: rows.iter().map(line).collect() }])
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use margay::checkpoint::Headers;
 use margay::convert::plan::{Plan, bytes, count, ranges};
 use margay::convert::{self, Options, Until, verify};
@@ -25,9 +25,9 @@ pub struct Convert {
     out: PathBuf,
     #[command(flatten)]
     device: DeviceArg,
-    /// Stop after this stage; the same command without it continues
+    /// Stop after plan, swap, a training stage of the recipe, merge or export; the same command without it continues
     #[arg(long, value_name = "STAGE")]
-    until: Option<Stage>,
+    until: Option<String>,
     /// Throw away the progress of an unfinished run
     #[arg(long)]
     restart: bool,
@@ -39,39 +39,17 @@ pub struct Convert {
     json: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Stage {
-    Plan,
-    Swap,
-    Transfer,
-    Recover,
-    Merge,
-    Export,
-}
-
-impl From<Stage> for Until {
-    fn from(stage: Stage) -> Until {
-        match stage {
-            Stage::Plan => Until::Plan,
-            Stage::Swap => Until::Swap,
-            Stage::Transfer => Until::Transfer,
-            Stage::Recover => Until::Recover,
-            Stage::Merge => Until::Merge,
-            Stage::Export => Until::Export,
-        }
-    }
-}
-
 impl Convert {
     pub fn run(&self, out: &'static Output) -> Result<()> {
         refuse_taken(&self.out)?;
         let recipe = self.recipe.load(&self.model)?;
         let device = self.device.open()?;
+        let until = self.until.as_deref().map(Until::from);
         let early = Plan::of(&Headers::open(&self.model)?, &recipe, (&device).into(), None)?;
         out.details(&early.sections());
         brief(&early).iter().for_each(|line| out.say(line));
         let work = PathBuf::from(format!("{}.margay", self.out.display()));
-        if work.join("run.json").is_file() && !self.restart && self.until != Some(Stage::Plan) {
+        if work.join("run.json").is_file() && !self.restart && until != Some(Until::Plan) {
             out.say(&format!("continuing the unfinished run in `{}`", work.display()));
         }
         let wanted = early.disk.export + early.disk.run;
@@ -88,10 +66,11 @@ impl Convert {
         }
         stop_on_ctrl_c(out)?;
 
-        let until = self.until.map(Until::from);
         let model = self.model.clone();
         let (out_dir, tensorboard) = (self.out.clone(), self.tensorboard.clone());
-        let options = Options { model, recipe, out: out_dir, device, until, restart: self.restart, tensorboard };
+        let until_ = until.clone();
+        let options =
+            Options { model, recipe, out: out_dir, device, until: until_, restart: self.restart, tensorboard };
         let done = convert::convert(&options, out)?;
 
         let (folder, name) = (self.out.display(), quoted(&self.out.to_string_lossy()));
@@ -142,7 +121,7 @@ fn brief(plan: &Plan) -> Vec<String> {
     line("tensors", fates.collect::<Vec<_>>().join(", "));
     for s in &plan.stages {
         let (trains, tokens, memory) = (count(s.trainable), count(s.tokens), bytes(s.memory.total));
-        line(s.name, format!("{trains} parameters, at most {tokens} tokens in {} steps, {memory} of memory", s.steps));
+        line(&s.name, format!("{trains} parameters, at most {tokens} tokens in {} steps, {memory} of memory", s.steps));
     }
     line("disk", format!("{} for the export, {} while it runs", bytes(plan.disk.export), bytes(plan.disk.run)));
     lines

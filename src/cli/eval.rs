@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use margay::checkpoint::writer::write_atomic;
 use margay::convert::load::Model;
-use margay::convert::plan::Section;
+use margay::convert::plan::{Section, heads};
 use margay::data::{ChoiceItem, Tokenizer, read_choices, read_recall};
 use margay::error::{Error, Kind, Result};
 use margay::evaluate::choice::{Choices, choices};
@@ -263,5 +263,5 @@ fn recall_section(recall: &Recall) -> Section {
     let mut rows: Vec<_> = recall.by_pairs.iter().map(|(n, (r, a))| row(n.to_string(), *r, *a)).collect();
     let (right, asked) = recall.by_pairs.values().fold((0, 0), |(r, a), (right, asked)| (r + right, a + asked));
     rows.push(row("all".into(), right, asked));
-    Section { title: "Recall", columns: vec!["pairs", "right", "asked", "accuracy"], rows }
+    Section { title: "Recall", columns: heads(["pairs", "right", "asked", "accuracy"]), rows }
 }

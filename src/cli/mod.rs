@@ -61,7 +61,7 @@ pub struct Voice {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Convert a model: load, plan, swap, transfer, recover, merge, export, verify
+    /// Convert a model: load, plan, swap, train by the recipe's stages, merge, export, verify
     #[command(after_help = "The same command continues a run that was stopped. Ctrl-C saves and stops.")]
     Convert(convert::Convert),
     /// Show all that a conversion would do, without reading a weight
@@ -117,7 +117,7 @@ pub struct RecipeArgs {
     /// A shipped recipe by name (see `margay recipe list`) or a TOML file
     #[arg(long, value_name = "RECIPE")]
     recipe: Option<String>,
-    /// Change a key of the recipe, such as transfer.tokens=20000; may be repeated
+    /// Change a key of the recipe, such as stage.transfer.tokens=20000; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Text to train on, instead of the recipe's: file, glob, folder or hub data set; may be repeated

@@ -27,7 +27,7 @@ pub enum Command {
         /// A shipped recipe by name, or a TOML file
         #[arg(value_name = "RECIPE")]
         name: String,
-        /// Change a key, such as transfer.tokens=20000; may be repeated
+        /// Change a key, such as stage.transfer.tokens=20000; may be repeated
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
@@ -42,7 +42,7 @@ pub enum Command {
     Check {
         /// A TOML file, or a shipped recipe by name
         file: String,
-        /// Change a key, such as transfer.tokens=20000; may be repeated
+        /// Change a key, such as stage.transfer.tokens=20000; may be repeated
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
     },

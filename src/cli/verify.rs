@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use margay::convert::export::Manifest;
 use margay::convert::load::Model;
-use margay::convert::plan::{Section, bytes, lora_targets};
+use margay::convert::plan::{Section, bytes, heads};
+use margay::convert::trained;
 use margay::convert::verify::{self, Against, Report, Stage};
 use margay::data::Tokenizer;
 use margay::error::{Error, Kind, Result};
@@ -53,13 +54,10 @@ impl Verify {
         let teacher = self.teacher.as_ref().map(|id| Model::open(id, out)).transpose()?;
         let weights =
             teacher.as_ref().map(|t| Ok::<_, Error>((t.decoder(&device, out)?, t.net(&device)?))).transpose()?;
-        let recovered = manifest.stages.contains_key("recover");
-        let targets = if recovered { lora_targets(&recipe.recover.lora)? } else { Vec::new() };
-        let layers = 0..architecture.layers;
-        let merged: Vec<String> = layers
-            .flat_map(|l| targets.iter().map(move |p| Role::Weight(l, *p)))
-            .map(|r| architecture.name(r))
-            .collect();
+        let converted = model.description.linearization.as_ref().map_or(&[][..], |l| &l.layers);
+        let changed =
+            trained::merged(recipe, |name| manifest.stages.contains_key(name), architecture.layers, converted);
+        let merged: Vec<String> = changed.keys().map(|(l, p)| architecture.name(Role::Weight(*l, *p))).collect();
         let against = Against {
             student: None,
             teacher: weights.as_ref().map(|(decoder, net): &(_, Net)| Subject { decoder, net }),
@@ -110,7 +108,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         vec![c.name.clone(), c.value.clone(), c.limit.clone(), verdict.into()]
     };
     let rows = report.checks.iter().map(check).collect();
-    sections.push(Section { title: "Checks", columns: vec!["check", "found", "wanted", ""], rows });
+    sections.push(Section { title: "Checks", columns: heads(["check", "found", "wanted", ""]), rows });
     let percent = |share: f64| format!("{:.1} %", 100.0 * share);
     if report.linear_shares.iter().any(Option::is_some) {
         let row = |(layer, share): (usize, &Option<f64>)| {
@@ -121,14 +119,14 @@ pub fn sections(report: &Report) -> Vec<Section> {
             [vec![layer.to_string()], parts.to_vec()].concat()
         };
         let rows = report.linear_shares.iter().enumerate().map(row).collect();
-        sections.push(Section { title: "Share of the attention", columns: vec!["layer", "linear", "window"], rows });
+        sections.push(Section { title: "Share of the attention", columns: heads(["layer", "linear", "window"]), rows });
     }
     if !report.speeds.is_empty() {
         let row = |s: &verify::Speed| {
             let (state, cache) = (bytes(s.state_bytes as u64), bytes(s.teacher_cache_bytes as u64));
             vec![s.context.to_string(), format!("{:.0}", s.tokens_per_second), state, cache]
         };
-        let columns = vec!["context", "tokens/s", "state", "KV cache of the teacher"];
+        let columns = heads(["context", "tokens/s", "state", "KV cache of the teacher"]);
         sections.push(Section { title: "Decoding", columns, rows: report.speeds.iter().map(row).collect() });
     }
     sections
@@ -156,6 +154,6 @@ fn quality(stages: &[Stage]) -> Section {
         let known = vec!["teacher".into(), format!("{perplexity:.4}"), "1.000 ×".into()];
         rows.insert(0, [known, vec![dash(), dash(), dash()]].concat());
     }
-    let columns = vec!["stage", "perplexity", "to teacher", "bits/byte", "KL to teacher", "same top token"];
+    let columns = heads(["stage", "perplexity", "to teacher", "bits/byte", "KL to teacher", "same top token"]);
     Section { title: "Quality on the validation text", columns, rows }
 }

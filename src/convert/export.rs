@@ -32,8 +32,8 @@ pub struct Manifest {
     #[serde(default)]
     pub plan: Value,
     pub seconds: f64,
-    /// Outcome of each stage, with losses per layer.
-    pub stages: BTreeMap<String, Value>,
+    /// Outcome of each stage that ran, in order, with losses per layer.
+    pub stages: Map<String, Value>,
     pub merged: Option<super::merge::Merged>,
     /// Type and shape of every tensor.
     pub tensors: BTreeMap<String, (String, Vec<usize>)>,

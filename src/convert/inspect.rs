@@ -5,7 +5,7 @@ use safetensors::Dtype;
 use serde::Serialize;
 
 use super::load::{Description, Linearization};
-use super::plan::{Section, bytes, count, dtypes, ranges};
+use super::plan::{Section, bytes, count, dtypes, heads, ranges};
 use crate::checkpoint::Headers;
 use crate::error::Result;
 use crate::families::{Architecture, Claim, RopeScaling};
@@ -175,7 +175,7 @@ impl Inspection {
         let state = if s.converted { "state" } else { "state if converted to lolcats" };
         vec![
             model,
-            Section { title: "Memory of one sequence", columns: vec!["tokens", state, "KV cache", "saved"], rows },
+            Section { title: "Memory of one sequence", columns: heads(["tokens", state, "KV cache", "saved"]), rows },
         ]
     }
 }

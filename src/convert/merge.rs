@@ -1,4 +1,4 @@
-//! Folds LoRA into the weights it sits on: in f32, cast once to the checkpoint's own precision.
+//! Folds what stages changed into the weights it sits on: in f32, cast once to the checkpoint's own precision.
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use crate::model::{Decoder, Net};
 /// What merging changed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Merged {
-    /// Weights that received an adapter.
+    /// Weights that changed.
     pub weights: usize,
     /// Largest absolute difference of a logit between the adapted and the merged model, and the largest logit.
     pub max_logit_difference: f64,

@@ -1,5 +1,5 @@
-//! A conversion, readable top to bottom: load → plan → swap → transfer → select → recover → merge → export → verify.
-//! Where the recipe says which layers stay softmax, there is nothing to select.
+//! A conversion, readable top to bottom: load → plan → swap → the recipe's training stages → merge → export → verify.
+//! Where the recipe asks for it, the layers that stay softmax are selected between the stages.
 
 pub mod card;
 pub mod export;
@@ -10,9 +10,12 @@ pub mod plan;
 pub mod recover;
 pub mod select;
 pub mod swap;
+mod texts;
+pub mod trained;
 pub mod transfer;
 pub mod verify;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -20,22 +23,23 @@ use candle_core::Device;
 use serde_json::json;
 
 use crate::checkpoint::writer::write_atomic;
+use crate::data::Split;
 use crate::data::tokenizer::Tokenizer;
-use crate::data::{Corpus, Split};
 use crate::error::{Error, Kind, Result};
 use crate::evaluate::{Quality, Subject, quality};
+use crate::families::Role;
 use crate::model::{Decoder, Net};
-use crate::params::Adapters;
 use crate::progress::Progress;
-use crate::recipe::{Layers, Loaded, Recipe};
+use crate::recipe::{self, Layers, Loaded, Recipe};
 use crate::run_dir::{Fingerprint, RunDir, refuse_taken};
-use crate::train::{self, Outcome, Settings};
+use crate::train::{self, Outcome, Settings, Task};
 
 use export::Manifest;
 use load::{Linearization, Model};
 use plan::Plan;
 use recover::Recover;
 use select::{Ranking, Selection};
+use texts::Texts;
 use transfer::Transfer;
 use verify::{Against, Report, Stage};
 
@@ -54,15 +58,27 @@ pub struct Options {
     pub tensorboard: Option<PathBuf>,
 }
 
-/// A stage to stop after.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// What to stop after.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Until {
     Plan,
     Swap,
-    Transfer,
-    Recover,
+    /// A training stage by its name in the recipe.
+    Stage(String),
     Merge,
     Export,
+}
+
+impl From<&str> for Until {
+    fn from(name: &str) -> Until {
+        match name {
+            "plan" => Until::Plan,
+            "swap" => Until::Swap,
+            "merge" => Until::Merge,
+            "export" => Until::Export,
+            stage => Until::Stage(stage.into()),
+        }
+    }
 }
 
 /// What a conversion came to.
@@ -78,6 +94,13 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let started = Instant::now();
     let (device, out) = (&options.device, options.out.as_path());
     refuse_taken(out)?;
+    if let Some(Until::Stage(name)) = &options.until
+        && !options.recipe.recipe.stages.contains(name)
+    {
+        let known = options.recipe.recipe.stages.join(", ");
+        return Err(Error::new(Kind::Usage, format!("there is no stage `{name}` to stop after"))
+            .hint(format!("stages of `{}`: plan, swap, {known}, merge, export", options.recipe.origin)));
+    }
     if options.recipe.recipe.data.sources.is_empty() && options.until != Some(Until::Plan) {
         return Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", options.recipe.origin))
             .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"));
@@ -93,11 +116,13 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
 
     let tokenizer = Tokenizer::open(model.checkpoint.dir())?;
     tokenizer.check_vocab(model.architecture().vocab)?;
-    let row_len = early.stages.iter().map(|s| s.seq_len).max().unwrap_or(recipe.transfer.seq_len);
-    let data = &recipe.data;
-    let corpus = Corpus::prepare(&data.sources, data, recipe.seed, &tokenizer, row_len, &cache_dir(), progress)?;
-    let train_tokens = (corpus.train(row_len)?.len() * row_len) as u64;
-    let mut plan = Plan::of(headers, &options.recipe, device.into(), Some(train_tokens))?;
+    let running: Vec<_> = recipe.in_order().filter(|(name, _)| early.stage(name).is_some()).collect();
+    let texts = Texts::prepare(recipe, &running, &tokenizer, early.row_len, progress)?;
+    let mut train_tokens = BTreeMap::new();
+    for (name, _) in &running {
+        train_tokens.insert(name.to_string(), (texts.of(name).1.train(early.row_len)?.len() * early.row_len) as u64);
+    }
+    let mut plan = Plan::of(headers, &options.recipe, device.into(), Some(&train_tokens))?;
     for warning in &plan.warnings {
         progress.warn(warning);
     }
@@ -110,7 +135,7 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let fingerprint = Fingerprint {
         recipe: recipe.to_toml(),
         source: headers.digest(),
-        data: corpus.digest().to_string(),
+        data: texts.digest(),
         seed: recipe.seed,
         program: env!("CARGO_PKG_VERSION").into(),
     };
@@ -123,79 +148,72 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let design = recipe.mixer.design();
     let mut student = swap::swap(model.architecture(), design, &plan.layers.converted, recipe.seed, device)?;
 
-    let valid = corpus.valid(row_len)?.limit(recipe.verify.tokens);
+    let valid = texts.main.valid(early.row_len)?.limit(recipe.verify.tokens);
     let mut stages = vec![measure("teacher", &decoder, &teacher, None, &valid, &mut run, progress)?];
-    let mut record = |name: &str, d: &Decoder, net: &Net, run: &mut RunDir| -> Result<()> {
-        stages.push(measure(name, d, net, Some(&teacher), &valid, run, progress)?);
-        Ok(())
-    };
     if !plan.layers.converted.is_empty() {
-        record("swapped", &decoder, &student, &mut run)?;
+        stages.push(measure("swapped", &decoder, &student, Some(&teacher), &valid, &mut run, progress)?);
     }
     if options.until == Some(Until::Swap) {
         return stopped(plan, started.elapsed().as_secs_f64());
     }
 
     let mut outcomes: Vec<(&str, Outcome)> = Vec::new();
-    if let Some(planned) = plan.stage("transfer") {
-        let s = &recipe.transfer;
-        let mut task = Transfer::new(&decoder, &teacher, &student, s, planned.micro_batch);
-        let settings = settings(planned, &s.optimizer, &s.schedule, s.eval_every, s.lr, s.seed.unwrap_or(recipe.seed));
-        outcomes.push(("transfer", train_stage(&mut task, &settings, &corpus, s.seq_len, data, &mut run, progress)?));
-        record("transferred", &decoder, &student, &mut run)?;
-    }
-    if options.until == Some(Until::Transfer) {
-        return stopped(plan, started.elapsed().as_secs_f64());
-    }
-
+    let order: Vec<_> = recipe.in_order().collect();
     let mut ranking = None;
-    if let Some(best) = best {
-        let selection = Selection {
-            student: Subject { decoder: &decoder, net: &student },
-            teacher: Subject { decoder: &decoder, net: &teacher },
-            best,
-            mixer: &recipe.mixer,
-            model: identity,
-            named,
-            losses: outcomes.last().map_or(&[], |(_, outcome)| &outcome.best),
-            train: &corpus.train(row_len)?,
-            valid: &corpus.valid(row_len)?.limit(data.validation_tokens),
-            micro_batch: plan::micro_batch(usize::MAX, 0, row_len, device.into()),
-            memory: plan.stages.iter().map(|s| s.memory.total).max().unwrap_or(plan.verify.total),
-            seed: recipe.seed.wrapping_add(2), // other rows than the stages begin with
-        };
-        let selected = selection.run(&mut run, progress)?;
-        let count = plan.layers.chosen.unwrap_or_default();
-        let kept = selected.ranking.best(count);
-        selected.ranking.lines(count).iter().for_each(|line| progress.say(line));
-        // What follows is the conversion of a recipe that names these layers.
-        let recipe = Recipe { layers: Layers::keep(kept.clone()), ..options.recipe.recipe.clone() };
-        plan = Plan::of(headers, &Loaded { recipe, ..options.recipe.clone() }, device.into(), Some(train_tokens))?;
-        plan.hybrid().iter().for_each(|line| progress.say(line));
-        select::restore(&mut student, model.architecture(), &kept);
-        record("selected", &decoder, &student, &mut run)?;
-        if selected.outcome.tokens > 0 {
-            outcomes.push(("select", selected.outcome));
+    for place in 0..=order.len() {
+        // Layers are chosen behind the last stage that trains them one by one.
+        let whole = !order[place..].iter().any(|(_, stage)| stage.loss.layer_wise());
+        if let (Some(best), None, true) = (best, &ranking, whole) {
+            let selection = Selection {
+                student: Subject { decoder: &decoder, net: &student },
+                teacher: Subject { decoder: &decoder, net: &teacher },
+                best,
+                mixer: &recipe.mixer,
+                model: identity.clone(),
+                named: named.clone(),
+                losses: outcomes.last().map_or(&[], |(_, outcome)| &outcome.best),
+                train: &texts.main.train(early.row_len)?,
+                valid: &texts.main.valid(early.row_len)?.limit(recipe.data.validation_tokens),
+                micro_batch: plan::micro_batch(usize::MAX, 0, early.row_len, device.into()),
+                memory: plan.stages.iter().map(|s| s.memory.total).max().unwrap_or(plan.verify.total),
+                seed: recipe.seed.wrapping_add(order.len() as u64), // other rows than the stages begin with
+            };
+            let selected = selection.run(&mut run, progress)?;
+            let count = plan.layers.chosen.unwrap_or_default();
+            let kept = selected.ranking.best(count);
+            selected.ranking.lines(count).iter().for_each(|line| progress.say(line));
+            // What follows is the conversion of a recipe that names these layers.
+            let named = Recipe { layers: Layers::keep(kept.clone()), ..options.recipe.recipe.clone() };
+            let loaded = Loaded { recipe: named, ..options.recipe.clone() };
+            plan = Plan::of(headers, &loaded, device.into(), Some(&train_tokens))?;
+            plan.hybrid().iter().for_each(|line| progress.say(line));
+            select::restore(&mut student, model.architecture(), &kept);
+            stages.push(measure("selected", &decoder, &student, Some(&teacher), &valid, &mut run, progress)?);
+            if selected.outcome.tokens > 0 {
+                outcomes.push(("select", selected.outcome));
+            }
+            ranking = Some(selected.ranking);
         }
-        ranking = Some(selected.ranking);
+        let Some((name, stage)) = order.get(place) else { break };
+        if let Some(planned) = plan.stage(name) {
+            // Stages differ in their seeds: other rows, other order, another start of what is new.
+            let seed = stage.seed.unwrap_or(recipe.seed.wrapping_add(place as u64));
+            trained::prepare(&mut student, stage, model.architecture(), seed, device)?;
+            let micro_batch = planned.micro_batch;
+            let mut task: Box<dyn Task> = match stage.loss.layer_wise() {
+                true => Box::new(Transfer::new(&decoder, &teacher, &[&student], stage, micro_batch, seed)),
+                false => Box::new(Recover::new(&decoder, &teacher, &student, stage, micro_batch, seed)),
+            };
+            outcomes.push((*name, train_stage(task.as_mut(), planned, stage, seed, &texts, &mut run, progress)?));
+            drop(task);
+            stages.push(measure(name, &decoder, &student, Some(&teacher), &valid, &mut run, progress)?);
+        }
+        if options.until == Some(Until::Stage(name.to_string())) {
+            return stopped(plan, started.elapsed().as_secs_f64());
+        }
     }
-
-    let mut merged_names = Vec::new();
-    if let Some(planned) = plan.stage("recover") {
-        let s = &recipe.recover;
-        let seed = s.seed.unwrap_or(recipe.seed.wrapping_add(1)); // other rows, other order than the stage before
-        let targets = plan::lora_targets(&s.lora)?;
-        student.adapters = Some(Adapters::new(model.architecture(), &targets, &s.lora, seed, device)?);
-        let mut task = Recover::new(&decoder, &teacher, &student, s, planned.micro_batch, seed);
-        let settings = settings(planned, &s.optimizer, &s.schedule, s.eval_every, s.lr, seed);
-        outcomes.push(("recover", train_stage(&mut task, &settings, &corpus, s.seq_len, data, &mut run, progress)?));
-        record("recovered", &decoder, &student, &mut run)?;
-        let name = |(layer, p)| model.architecture().name(crate::families::Role::Weight(layer, p));
-        merged_names = student.adapters.iter().flat_map(|a| a.targets()).map(name).collect();
-    }
-    if options.until == Some(Until::Recover) {
-        return stopped(plan, started.elapsed().as_secs_f64());
-    }
+    let changed = student.adapters.iter().flat_map(|a| a.targets());
+    let merged_names: Vec<String> = changed.map(|(l, p)| model.architecture().name(Role::Weight(l, p))).collect();
 
     // The teacher shares the weights that merging changes: from here on it is read again where it is needed.
     let merged = merge::merge(&mut decoder, &mut student, |name| headers.info(name).map(|i| i.dtype), &valid)?;
@@ -231,13 +249,7 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         revision: headers.source.revision.clone(),
         recipe: recipe.clone(),
         recipe_origin: options.recipe.origin.clone(),
-        data: json!({
-            "sources": data.sources.iter().map(|s| base_name(s)).collect::<Vec<_>>(),
-            "documents": corpus.documents(),
-            "tokens": corpus.tokens(),
-            "validation_tokens": valid.len() * valid.seq_len(),
-            "digest": corpus.digest(),
-        }),
+        data: texts.describe(valid.len() * valid.seq_len()),
         plan: json!({
             "layers": plan.layers,
             "fates": plan.fates,
@@ -281,47 +293,38 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     Ok(Converted { plan, report: Some(report), seconds: started.elapsed().as_secs_f64() })
 }
 
-fn settings<'a>(
-    planned: &plan::Stage,
-    optimizer: &'a crate::recipe::Optimizer,
-    schedule: &'a crate::recipe::Schedule,
-    eval_every: usize,
-    lr: f64,
-    seed: u64,
-) -> Settings<'a> {
-    let plan::Stage { name: stage, steps, batch, micro_batch, .. } = *planned;
-    Settings {
-        stage,
-        steps,
-        batch,
-        micro_batch,
-        memory: planned.memory.total,
-        optimizer,
-        schedule,
-        eval_every,
-        lr,
-        seed,
-    }
-}
-
+/// Trains one stage on its text.
 fn train_stage(
-    task: &mut dyn train::Task,
-    settings: &Settings,
-    corpus: &Corpus,
-    seq_len: usize,
-    data: &crate::recipe::Data,
+    task: &mut dyn Task,
+    planned: &plan::Stage,
+    stage: &recipe::Stage,
+    seed: u64,
+    texts: &Texts,
     run: &mut RunDir,
     progress: &dyn Progress,
 ) -> Result<Outcome> {
+    let (name, seq_len) = (planned.name.as_str(), stage.seq_len);
+    let (data, corpus) = texts.of(name);
     let train = corpus.train(seq_len)?;
-    train.require(settings.batch)?;
+    train.require(planned.batch)?;
     let valid = corpus.valid(seq_len)?.limit(data.validation_tokens);
     if valid.is_empty() {
-        let stage = settings.stage;
-        let message = format!("no validation sequence of `{stage}.seq_len` = {seq_len} has a token that counts");
+        let message = format!("no validation sequence of `stage.{name}.seq_len` = {seq_len} has a token that counts");
         return Err(Error::new(Kind::Data, message).hint("give more text, or raise `data.validation`"));
     }
-    train::run(task, settings, &train, &valid, run, progress)
+    let settings = Settings {
+        stage: name,
+        steps: planned.steps,
+        batch: planned.batch,
+        micro_batch: planned.micro_batch,
+        memory: planned.memory.total,
+        optimizer: &stage.optimizer,
+        schedule: &stage.schedule,
+        eval_every: stage.eval_every,
+        lr: stage.lr,
+        seed,
+    };
+    train::run(task, &settings, &train, &valid, run, progress)
 }
 
 /// Quality of one form of the model; measured once per run, remembered over restarts.

@@ -13,9 +13,10 @@ use safetensors::Dtype;
 use serde::Serialize;
 
 pub use cost::{Memory, PlanDevice, Stage, micro_batch, steps};
-pub use table::{Section, bytes, count, ranges};
+pub use table::{Section, bytes, count, heads, ranges};
 
 use super::load::{Description, Linearization, tensor_name};
+use super::trained;
 use crate::checkpoint::{Config, Headers, Place, Source, TensorInfo, byte_size};
 use crate::error::{Error, Kind, Result};
 use crate::families::{self, Architecture, Claim, Projection, Role};
@@ -40,6 +41,9 @@ pub struct Plan {
     pub disk: Disk,
     /// What the user should look at.
     pub warnings: Vec<String>,
+    /// Targets in a row of packed text: the longest sequence of a stage.
+    #[serde(skip)]
+    pub row_len: usize,
 }
 
 /// The source model.
@@ -127,12 +131,17 @@ pub struct Disk {
 }
 
 impl Plan {
-    /// Plans a conversion. `train_tokens` is one pass over the training text, where that is known: it bounds stages with
-    /// `epochs`.
+    /// Plans a conversion. `train_tokens` is one pass over the training text of each stage, where that is known: it bounds
+    /// stages with `epochs`.
     ///
     /// Errors: a tensor that is missing, misshapen, unknown or of a type that is not read; a model that was converted
-    /// before; layers out of range; a mixer or adapter that does not fit the model.
-    pub fn of(headers: &Headers, loaded: &Loaded, device: PlanDevice, train_tokens: Option<u64>) -> Result<Plan> {
+    /// before; layers out of range; a mixer that does not fit the model; a stage that makes no sense.
+    pub fn of(
+        headers: &Headers,
+        loaded: &Loaded,
+        device: PlanDevice,
+        train_tokens: Option<&BTreeMap<String, u64>>,
+    ) -> Result<Plan> {
         let description = Description::of(headers)?;
         if let Some(l) = &description.linearization {
             let message = format!("`{}` was converted already, from `{}`", headers.source.id, l.teacher);
@@ -146,34 +155,32 @@ impl Plan {
         let converted = recipe.converted(a.layers).map_err(refuse)?;
         let design = recipe.mixer.design();
         design.check(a).map_err(refuse)?;
-        let targets = lora_targets(&recipe.recover.lora)?;
+        for (name, stage) in recipe.in_order() {
+            if let Some((key, text)) = stage.problems().into_iter().next() {
+                return Err(refuse(format!("`stage.{name}.{key}` {text}")));
+            }
+        }
 
         let chosen = recipe.layers.best().map(|best| best.kept(a.layers).map_err(refuse)).transpose()?;
         let costs = cost::Costs::new(a, design, &converted, device);
-        let stages: Vec<Stage> =
-            [costs.transfer(&recipe.transfer, train_tokens), costs.recover(&recipe.recover, &targets, train_tokens)]
-                .into_iter()
-                .flatten()
-                .collect();
+        let stages = costs.stages(recipe, train_tokens);
+        let asked = recipe.in_order().map(|(_, stage)| stage.seq_len).max();
+        let row_len = stages.iter().map(|s| s.seq_len).max().or(asked).unwrap_or(a.max_positions.min(1024));
+        let verify = costs.verify(row_len);
 
         if let Some(best) = recipe.layers.best()
             && (best.by, &best.ranking) == (recipe::By::TransferMse, &None)
-            && !stages.iter().any(|s| s.name == "transfer")
+            && !recipe.in_order().any(|(name, s)| s.loss.layer_wise() && stages.iter().any(|run| run.name == name))
         {
-            return Err(refuse(
-                "`transfer-mse` ranks layers by the loss of attention transfer, which is skipped".into(),
-            ));
+            return Err(refuse("`transfer-mse` ranks layers by the loss of a layer-wise stage, and none runs".into()));
         }
 
-        let longest = stages.iter().map(|s| s.seq_len).max().unwrap_or(recipe.transfer.seq_len);
-        let verify = costs.verify(longest);
-
-        let adapted: &[Projection] = if stages.iter().any(|s| s.name == "recover") { &targets } else { &[] };
-        let merged = format!("LoRA of rank {}", recipe.recover.lora.rank);
+        let ran = |name: &str| stages.iter().any(|s| s.name == name);
+        let merged = trained::merged(recipe, ran, a.layers, &converted);
         let mut tensors = Vec::with_capacity(headers.tensors.len());
         for (name, info) in &headers.tensors {
             let claim = description.claims.get(name).copied();
-            tensors.push(source_tensor(headers, name, info, claim, adapted, &merged)?);
+            tensors.push(source_tensor(headers, name, info, claim, &merged)?);
         }
         tensors.extend(converted.iter().flat_map(|layer| new_tensors(a, design, *layer)));
 
@@ -212,6 +219,7 @@ impl Plan {
             stages,
             verify,
             disk: Disk { export, run, download },
+            row_len,
         })
     }
 
@@ -224,15 +232,15 @@ impl Plan {
             return None;
         }
         let cache = bytes(*cache_per_token as u64);
-        let when = match (chosen, self.stage("transfer")) {
-            (None, _) => "",
-            (Some(_), Some(_)) => ", chosen after `transfer`",
-            (Some(_), None) => ", chosen before training",
+        let when = match (chosen, self.stages.iter().rfind(|stage| stage.layer_wise)) {
+            (None, _) => String::new(),
+            (Some(_), Some(stage)) => format!(", chosen after `{}`", stage.name),
+            (Some(_), None) => ", chosen before training".into(),
         };
         Some(format!("softmax stays in {count} of {} layers, {cache} of cache per token{when}", self.model.layers))
     }
 
-    /// A training stage (`transfer`, `recover`), where it runs.
+    /// A training stage by its name in the recipe, where it runs.
     pub fn stage(&self, name: &str) -> Option<&Stage> {
         self.stages.iter().find(|s| s.name == name)
     }
@@ -288,26 +296,19 @@ pub fn described(config: Config, source: Source) -> Result<Headers> {
     Ok(Headers { config, tensors, files: Vec::new(), side_files: Vec::new(), source })
 }
 
-/// The projections that `targets` names, in block order.
-pub fn lora_targets(lora: &recipe::Lora) -> Result<Vec<Projection>> {
-    let known = Projection::ALL.map(Projection::name);
-    if let Some(bad) = lora.targets.iter().find(|t| !known.contains(&t.as_str())) {
-        let message = format!("`recover.lora.targets` names `{bad}`, which is no projection");
-        return Err(Error::new(Kind::Recipe, message).hint(format!("known: {}", known.join(", "))));
-    }
-    Ok(Projection::ALL.into_iter().filter(|p| lora.targets.iter().any(|t| t == p.name())).collect())
-}
-
 fn source_tensor(
     headers: &Headers,
     name: &str,
     info: &TensorInfo,
     claim: Option<Claim>,
-    adapted: &[Projection],
-    merged: &str,
+    merged: &BTreeMap<(usize, Projection), String>,
 ) -> Result<Tensor> {
+    let changed = |claim: Option<Claim>| match claim {
+        Some(Claim::Reads(Role::Weight(layer, p))) => merged.get(&(layer, p)).cloned(),
+        _ => None,
+    };
     let (fate, note) = match claim {
-        Some(Claim::Reads(Role::Weight(_, p))) if adapted.contains(&p) => (Fate::Merged, Some(merged.to_string())),
+        Some(Claim::Reads(_)) if changed(claim).is_some() => (Fate::Merged, changed(claim)),
         Some(Claim::Reads(_) | Claim::Mixer) => (Fate::Kept, None),
         Some(Claim::Tied) => (Fate::Tied, Some("same weights as the embedding".into())),
         Some(Claim::Dropped) => (Fate::Dropped, Some("a buffer that is recomputed".into())),
@@ -377,9 +378,11 @@ fn warnings(headers: &Headers, recipe: &recipe::Recipe, converted: &[usize], sta
     }
     for stage in stages {
         let Stage { name, seq_len, tokens_per_step, tokens, .. } = stage;
-        let asked = if *name == "transfer" { recipe.transfer.seq_len } else { recipe.recover.seq_len };
+        let asked = recipe.stage.get(name).map_or(*seq_len, |s| s.seq_len);
         if asked > *seq_len {
-            list.push(format!("`{name}.seq_len` {asked} becomes {seq_len}, the positions the model was made for"));
+            list.push(format!(
+                "`stage.{name}.seq_len` {asked} becomes {seq_len}, the positions the model was made for"
+            ));
         }
         if tokens < tokens_per_step {
             list.push(format!("stage `{name}` has {tokens} tokens, less than the {tokens_per_step} of one step"));

@@ -1,67 +1,72 @@
-//! Stage 2, recovery: LoRA on the whole student, on next-token loss and, where asked for, KL to the teacher's logits.
+//! Whole-model stages: the student at its end, on next-token loss and, where asked for, the divergence from the teacher's
+//! logits.
 //!
 //! The forward pass keeps only the input of each block. The backward pass rebuilds one block's graph at a time from that
 //! input, so one block's graph is alive at once. Teacher and student share the frozen weights; logits are never kept.
 
 use candle_core::{DType, Tensor, Var};
 
+use super::trained::{Trained, trained};
 use crate::data::{Batch, Split};
 use crate::error::Result;
 use crate::model::{Decoder, Net};
 use crate::ops::head_loss::{Sums, Target, head_loss, measure};
 use crate::params::Param;
 use crate::recipe;
-use crate::train::{Grads, Task};
+use crate::train::{Grads, Task, noise};
 
 pub struct Recover<'a> {
     decoder: &'a Decoder,
     teacher: &'a Net,
     student: &'a Net,
-    settings: &'a recipe::Recover,
+    stage: &'a recipe::Stage,
     micro_batch: usize,
     seed: u64,
-    params: Vec<Param>,
+    trained: Vec<Trained>,
 }
 
 impl<'a> Recover<'a> {
+    /// `student` was [prepared](super::trained::prepare) for `stage`. `seed` seeds dropout.
     pub fn new(
         decoder: &'a Decoder,
         teacher: &'a Net,
         student: &'a Net,
-        settings: &'a recipe::Recover,
+        stage: &'a recipe::Stage,
         micro_batch: usize,
         seed: u64,
     ) -> Self {
-        let mut params: Vec<Param> = student.adapters.iter().flat_map(|a| a.params()).collect();
-        if settings.lr_mixer > 0.0 {
-            params.extend(student.mixers.iter().flat_map(|m| m.params()).cloned());
-        }
-        Recover { decoder, teacher, student, settings, micro_batch, seed, params }
+        Recover { decoder, teacher, student, stage, micro_batch, seed, trained: trained(student, stage) }
     }
 
-    /// The teacher's last hidden state, where the loss or the measure needs it.
+    /// The last hidden state of the teacher, where the loss needs it.
     fn teacher_hidden(&self, ids: &Tensor) -> Result<Option<Tensor>> {
-        if self.settings.kl_weight == 0.0 {
+        if self.stage.loss.logit_kl == 0.0 {
             return Ok(None);
         }
         let hidden = self.decoder.hidden(ids, self.teacher)?;
         Ok(Some(hidden.flatten(0, 1)?))
     }
+
+    /// What the head learns from: the next tokens of `batch` and the teacher.
+    fn target<'t>(&self, tokens: &'t Tensor, mask: Option<&'t Tensor>, teacher: Option<&'t Tensor>) -> Target<'t> {
+        let recipe::Loss { next_token, logit_kl, .. } = self.stage.loss;
+        Target { tokens, mask, teacher, ce_weight: next_token, kl_weight: logit_kl, kl: self.stage.kl }
+    }
 }
 
 impl Task for Recover<'_> {
     fn params(&self) -> Vec<Param> {
-        self.params.clone()
+        self.trained.iter().map(|t| t.param.clone()).collect()
     }
 
-    fn peak_lr(&self, param: &Param) -> f64 {
-        if param.name.contains(".lora_") { self.settings.lr } else { self.settings.lr_mixer }
+    fn peak_lr(&self, param: usize) -> f64 {
+        self.trained[param].peak
     }
 
     fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
         let (decoder, student) = (self.decoder, self.student);
         let lora = student.adapters.as_ref();
-        let noise = Some(self.seed.wrapping_add(position.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+        let noise = Some(noise(self.seed, position));
         let ids = &batch.inputs;
         let tables = decoder.tables(0, ids.dim(1)?)?;
         let teacher = self.teacher_hidden(ids)?;
@@ -76,13 +81,8 @@ impl Task for Recover<'_> {
         let last = Var::from_tensor(&inputs[layers])?;
         let hidden = decoder.final_norm(&last)?.flatten(0, 1)?;
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
-        let target = Target {
-            tokens: &batch.targets.flatten_all()?,
-            mask: mask.as_ref(),
-            teacher: teacher.as_ref(),
-            ce_weight: self.settings.ce_weight,
-            kl_weight: self.settings.kl_weight,
-        };
+        let tokens = batch.targets.flatten_all()?;
+        let target = self.target(&tokens, mask.as_ref(), teacher.as_ref());
         let loss = head_loss(&hidden, &decoder.head, &target)?;
         let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
         let mut store = loss.backward()?;
@@ -97,9 +97,9 @@ impl Task for Recover<'_> {
             let mut store =
                 decoder.block(layer).pull_back(&input, mixer, &tables, lora, noise, &from_above)?.backward()?;
             gradient = store.remove(&x);
-            for (i, param) in self.params.iter().enumerate() {
-                if let Some(g) = store.get(&param.var) {
-                    grads.add(i, g, share)?;
+            for (slot, trained) in self.trained.iter().enumerate().filter(|(_, t)| t.layer == layer) {
+                if let Some(g) = store.get(&trained.param.var) {
+                    grads.add(slot, g, share)?;
                 }
             }
             inputs.truncate(layer + 1);
@@ -115,10 +115,11 @@ impl Task for Recover<'_> {
             let hidden = self.decoder.hidden(&batch.inputs, self.student)?.flatten(0, 1)?;
             let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
             let tokens = batch.targets.flatten_all()?;
-            let target = Target { tokens: &tokens, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 0.0 };
-            sums += measure(&hidden, &self.decoder.head, &target)?;
+            let teacher = self.teacher_hidden(&batch.inputs)?;
+            sums += measure(&hidden, &self.decoder.head, &self.target(&tokens, mask.as_ref(), teacher.as_ref()))?;
         }
-        Ok(vec![sums.nll / sums.rows.max(1.0)])
+        let recipe::Loss { next_token, logit_kl, .. } = self.stage.loss;
+        Ok(vec![(next_token * sums.nll + logit_kl * sums.kl) / sums.rows.max(1.0)])
     }
 
     fn part(&self, _: usize) -> usize {

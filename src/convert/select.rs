@@ -199,6 +199,7 @@ impl Selection<'_> {
 pub fn restore(student: &mut Net, architecture: &Architecture, kept: &[usize]) {
     for layer in kept {
         student.mixers[*layer] = Softmax.build(architecture, *layer, Vec::new());
+        student.adapters.iter_mut().for_each(|adapters| adapters.forget(*layer));
     }
 }
 

@@ -1,104 +1,172 @@
-//! Stage 1, attention transfer: each new layer learns the output of the attention it replaces.
+//! Layer-wise stages: each new layer learns what the attention it replaces puts out.
 //!
-//! The frozen teacher's hidden state runs through the layers. At each converted layer the student sees the same queries,
-//! keys and values; its loss against the teacher's per-head output is back-propagated at once and the graph dropped, so
-//! no graph spans more than one layer. Gradients equal those of a joint loss, because no layer's loss depends on
-//! another layer's new parameters.
+//! The frozen teacher's hidden state runs through the layers. At each converted layer the students see that state; their
+//! losses against the teacher's output are back-propagated at once and the graphs dropped, so no graph spans more than
+//! one layer. Gradients equal those of a joint loss, because no layer's loss depends on what another layer trains. A
+//! student whose projections are as the teacher's takes its queries, keys and values from the teacher; one that changes
+//! them computes its own.
+//!
+//! Several students may share one walk of the teacher: each learns as it would alone, but for clipping and the plateau
+//! schedule, which see all of them.
 
 use candle_core::{DType, Result as TensorResult, Tensor};
 
+use super::trained::{Trained, trained};
 use crate::data::{Batch, Split};
 use crate::error::Result;
+use crate::families::Projection;
 use crate::mixers::Heads;
-use crate::model::{Decoder, Net};
-use crate::ops::loss::mse;
+use crate::model::{Decoder, Net, Tables};
+use crate::ops::loss::{l2, mse};
 use crate::params::Param;
 use crate::recipe;
-use crate::train::{Grads, Task};
+use crate::train::{Grads, Task, noise};
 
 pub struct Transfer<'a> {
     decoder: &'a Decoder,
     teacher: &'a Net,
-    student: &'a Net,
-    settings: &'a recipe::Transfer,
+    students: Vec<&'a Net>,
+    stage: &'a recipe::Stage,
     micro_batch: usize,
-    /// Converted layers, ascending: the parts of the loss.
-    layers: Vec<usize>,
-    /// First parameter of each part, and the end.
-    starts: Vec<usize>,
+    seed: u64,
+    /// The parts of the loss, in the order of the walk.
+    parts: Vec<Part>,
+    trained: Vec<Trained>,
+}
+
+/// One converted layer of one student.
+struct Part {
+    student: usize,
+    layer: usize,
+    /// Weight of the part in the loss: a student's loss is the mean over its layers.
+    share: f64,
+    /// Slots of what trains there.
+    slots: std::ops::Range<usize>,
+}
+
+/// What a converted layer meets: the stream and the teacher's attention of it.
+struct Meeting<'a> {
+    /// [B, T, N]
+    x: &'a Tensor,
+    tables: &'a Tables,
+    /// The teacher's queries, keys and values.
+    heads: &'a Heads<'a>,
+    /// The teacher's output [B, T, H, D].
+    target: &'a Tensor,
 }
 
 impl<'a> Transfer<'a> {
+    /// `students` were [prepared](super::trained::prepare) for `stage`; where there are several, what belongs to one has
+    /// its number in its name. `seed` seeds dropout.
     pub fn new(
         decoder: &'a Decoder,
         teacher: &'a Net,
-        student: &'a Net,
-        settings: &'a recipe::Transfer,
+        students: &[&'a Net],
+        stage: &'a recipe::Stage,
         micro_batch: usize,
+        seed: u64,
     ) -> Self {
-        let layers: Vec<usize> = (0..student.mixers.len()).filter(|l| !student.mixers[*l].is_softmax()).collect();
-        let mut starts = vec![0];
-        for l in &layers {
-            starts.push(starts[starts.len() - 1] + student.mixers[*l].params().len());
+        let converted: Vec<Vec<usize>> = students.iter().map(|s| s.converted()).collect();
+        let mut waiting: Vec<Vec<Trained>> = students.iter().map(|s| trained(s, stage)).collect();
+        let (mut parts, mut all) = (Vec::new(), Vec::new());
+        for layer in 0..teacher.mixers.len() {
+            for (student, layers) in converted.iter().enumerate().filter(|(_, layers)| layers.contains(&layer)) {
+                let first = all.len();
+                let left = std::mem::take(&mut waiting[student]);
+                let (here, later): (Vec<_>, Vec<_>) = left.into_iter().partition(|t| t.layer == layer);
+                waiting[student] = later;
+                for mut trained in here {
+                    if students.len() > 1 {
+                        trained.param.name = format!("student {student}: {}", trained.param.name);
+                    }
+                    all.push(trained);
+                }
+                parts.push(Part { student, layer, share: 1.0 / layers.len() as f64, slots: first..all.len() });
+            }
         }
-        Transfer { decoder, teacher, student, settings, micro_batch, layers, starts }
+        Transfer { decoder, teacher, students: students.to_vec(), stage, micro_batch, seed, parts, trained: all }
     }
 
-    /// Runs the teacher over `ids` and hands each converted layer's heads and the teacher's output to `visit`.
-    fn walk(&self, ids: &Tensor, mut visit: impl FnMut(usize, &Heads, &Tensor) -> Result<()>) -> Result<()> {
-        let Some(last) = self.layers.last() else { return Ok(()) };
+    /// Runs the teacher over `ids` and hands each part what its layer meets.
+    fn walk(&self, ids: &Tensor, mut visit: impl FnMut(&Part, &Meeting) -> Result<()>) -> Result<()> {
+        let Some(last) = self.parts.last().map(|part| part.layer) else { return Ok(()) };
         let tables = self.decoder.tables(0, ids.dim(1)?)?;
         let mut x = self.decoder.embed(ids)?;
-        let mut parts = self.layers.iter().enumerate().peekable();
-        for layer in 0..=*last {
+        let mut parts = self.parts.iter().peekable();
+        for layer in 0..=last {
             let block = self.decoder.block(layer);
             let heads = block.heads(&x, &tables, None, None)?;
             let y = self.teacher.mixers[layer].forward(&heads)?; // [B, T, H, D]
-            if let Some((part, _)) = parts.next_if(|(_, l)| **l == layer) {
-                visit(part, &heads, &y)?;
+            while let Some(part) = parts.next_if(|part| part.layer == layer) {
+                visit(part, &Meeting { x: &x, tables: &tables, heads: &heads, target: &y })?;
             }
-            if layer < *last {
+            if layer < last {
                 x = block.finish(&x, &y, None, None)?;
             }
         }
         Ok(())
     }
 
-    /// Loss of one layer.
-    fn loss(&self, layer: usize, heads: &Heads, target: &Tensor) -> TensorResult<Tensor> {
-        let mixer = &self.student.mixers[layer];
-        let s = self.settings;
-        if s.attention_ce_weight == 0.0 {
-            return mixer.output_mse(heads, target, s.mse_weight);
+    /// Loss of one part.
+    fn loss(&self, part: &Part, meeting: &Meeting, noise: Option<u64>) -> TensorResult<Tensor> {
+        let (student, weights, layer) = (self.students[part.student], &self.stage.loss, part.layer);
+        let (block, mixer) = (self.decoder.block(layer), &student.mixers[layer]);
+        let adapters = student.adapters.as_ref();
+        let changed = |p: &[Projection]| adapters.is_some_and(|a| p.iter().any(|p| a.changes(layer, *p)));
+        let own = match changed(&[Projection::Q, Projection::K, Projection::V]) {
+            true => Some(block.heads(meeting.x, meeting.tables, adapters, noise)?),
+            false => None,
+        };
+        let (heads, target) = (own.as_ref().unwrap_or(meeting.heads), meeting.target);
+        if weights.attention_ce == 0.0 && !weights.hidden() {
+            return mixer.output_mse(heads, target, weights.output_mse);
         }
-        let (y, student) = mixer.parallel(heads)?;
-        let (_, teacher) = self.teacher.mixers[layer].parallel(heads)?;
-        let log = student.all.to_dtype(DType::F32)?.maximum(1e-12)?.log()?;
-        let rows = (log.elem_count() / log.dim(3)?) as f64;
-        let ce = ((teacher.all.to_dtype(DType::F32)? * log)?.sum_all()? * (-s.attention_ce_weight / rows))?;
-        mse(&y, target, s.mse_weight)? + ce
+        let mut terms = Vec::new();
+        let y = if weights.attention_ce > 0.0 {
+            let (y, student) = mixer.parallel(heads)?;
+            let (_, teacher) = self.teacher.mixers[layer].parallel(meeting.heads)?;
+            let log = student.all.to_dtype(DType::F32)?.maximum(1e-12)?.log()?;
+            let rows = (log.elem_count() / log.dim(3)?) as f64;
+            terms.push(((teacher.all.to_dtype(DType::F32)? * log)?.sum_all()? * (-weights.attention_ce / rows))?);
+            y
+        } else {
+            mixer.forward(heads)?
+        };
+        if weights.output_mse > 0.0 {
+            terms.push(mse(&y, target, weights.output_mse)?);
+        }
+        if weights.hidden() {
+            let found = block.output(&y, adapters, noise)?; // [B, T, N]
+            let wanted = block.output(target, None, None)?;
+            if weights.hidden_mse > 0.0 {
+                terms.push(mse(&found, &wanted, weights.hidden_mse)?);
+            }
+            if weights.hidden_l2 > 0.0 {
+                terms.push(l2(&found, &wanted, weights.hidden_l2)?);
+            }
+        }
+        terms[1..].iter().try_fold(terms[0].clone(), |sum, term| sum + term)
     }
 }
 
 impl Task for Transfer<'_> {
     fn params(&self) -> Vec<Param> {
-        self.layers.iter().flat_map(|l| self.student.mixers[*l].params()).cloned().collect()
+        self.trained.iter().map(|t| t.param.clone()).collect()
     }
 
-    fn peak_lr(&self, param: &Param) -> f64 {
-        if param.scalar { self.settings.lr_scalars.unwrap_or(self.settings.lr) } else { self.settings.lr }
+    fn peak_lr(&self, param: usize) -> f64 {
+        self.trained[param].peak
     }
 
-    fn gradients(&mut self, batch: &Batch, _: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
-        let mut losses = Vec::with_capacity(self.layers.len());
-        let share = share / self.layers.len() as f64; // the loss is the mean over layers
-        self.walk(&batch.inputs, |part, heads, target| {
-            let layer = self.layers[part];
-            let loss = self.loss(layer, heads, target)?;
+    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
+        let mut losses = Vec::with_capacity(self.parts.len());
+        let noise = Some(noise(self.seed, position));
+        self.walk(&batch.inputs, |part, meeting| {
+            let loss = self.loss(part, meeting, noise)?;
             let store = loss.backward()?;
-            for (i, param) in self.student.mixers[layer].params().iter().enumerate() {
-                if let Some(gradient) = store.get(&param.var) {
-                    grads.add(self.starts[part] + i, gradient, share)?;
+            for slot in part.slots.clone() {
+                if let Some(gradient) = store.get(&self.trained[slot].param.var) {
+                    grads.add(slot, gradient, share * part.share)?;
                 }
             }
             losses.push(loss.detach());
@@ -109,13 +177,13 @@ impl Task for Transfer<'_> {
 
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>> {
         let rows: Vec<usize> = (0..valid.len()).collect();
-        let mut total = Tensor::zeros(self.layers.len(), DType::F64, &self.decoder.device)?;
-        for part in rows.chunks(self.micro_batch) {
-            let batch = valid.batch(part, &self.decoder.device)?;
-            let share = part.len() as f64 / rows.len() as f64;
-            let mut losses = Vec::with_capacity(self.layers.len());
-            self.walk(&batch.inputs, |part, heads, target| {
-                losses.push(self.loss(self.layers[part], heads, target)?.detach());
+        let mut total = Tensor::zeros(self.parts.len(), DType::F64, &self.decoder.device)?;
+        for chunk in rows.chunks(self.micro_batch) {
+            let batch = valid.batch(chunk, &self.decoder.device)?;
+            let share = chunk.len() as f64 / rows.len() as f64;
+            let mut losses = Vec::with_capacity(self.parts.len());
+            self.walk(&batch.inputs, |part, meeting| {
+                losses.push(self.loss(part, meeting, None)?.detach());
                 Ok(())
             })?;
             total = (total + (Tensor::stack(&losses, 0)?.to_dtype(DType::F64)? * share)?)?;
@@ -124,10 +192,11 @@ impl Task for Transfer<'_> {
     }
 
     fn part(&self, param: usize) -> usize {
-        self.starts.partition_point(|start| *start <= param) - 1
+        self.parts.partition_point(|part| part.slots.end <= param)
     }
 
     fn part_name(&self, part: usize) -> String {
-        format!("layer {}", self.layers[part])
+        let Part { student, layer, .. } = self.parts[part];
+        if self.students.len() > 1 { format!("layer {layer} of student {student}") } else { format!("layer {layer}") }
     }
 }

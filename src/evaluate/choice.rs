@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Subject;
 use super::score::{Asked, Score, score};
-use crate::convert::plan::Section;
+use crate::convert::plan::{Section, heads};
 use crate::data::{ChoiceItem, Tokenizer};
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
@@ -156,7 +156,7 @@ impl Choices {
         };
         let mut rows = vec![row("model", &self.model)];
         rows.extend(self.teacher.as_ref().map(|t| row("teacher", t)));
-        let columns = vec!["", "questions", "shots", "accuracy", "per character"];
+        let columns = heads(["", "questions", "shots", "accuracy", "per character"]);
         let table = Section { title: "Multiple choice", columns, rows };
 
         let percent = |n: usize| format!("{:.1} %", 100.0 * n as f64 / self.questions.max(1) as f64);
@@ -165,8 +165,8 @@ impl Choices {
             row.extend(self.teacher.as_ref().map(|t| percent(t.chosen[place])));
             row
         };
-        let mut columns = vec!["choice", "right", "taken"];
-        columns.extend(self.teacher.as_ref().map(|_| "by the teacher"));
+        let mut columns = heads(["choice", "right", "taken"]);
+        columns.extend(self.teacher.as_ref().map(|_| "by the teacher".into()));
         let rows = (0..self.gold.len()).map(row).collect();
         vec![table, Section { title: "Answers", columns, rows }]
     }

@@ -29,6 +29,7 @@ use crate::generate::{Sampler, generate};
 use crate::model::{Decoder, Net};
 use crate::ops::head_loss::{Sums, Target, measure, measure_between};
 use crate::progress::{Progress, stop_requested};
+use crate::recipe::Kl;
 
 /// Perplexity over the rows of a split, and the distance to a teacher where one was given.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -109,8 +110,14 @@ fn measure_spans(
         for (span, sums) in spans.iter().zip(&mut sums) {
             let part = |x: &Tensor| x.narrow(0, span.start, span.len());
             let (hidden, targets, mask) = (part(&hidden)?, part(&targets)?, mask.as_ref().map(part).transpose()?);
-            let target =
-                Target { tokens: &targets, mask: mask.as_ref(), teacher: None, ce_weight: 1.0, kl_weight: 1.0 };
+            let target = Target {
+                tokens: &targets,
+                mask: mask.as_ref(),
+                teacher: None,
+                ce_weight: 1.0,
+                kl_weight: 1.0,
+                kl: Kl::default(),
+            };
             *sums += match &taught {
                 None => measure(&hidden, &model.decoder.head, &target)?,
                 Some((t, other)) => {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Quality, Subject, measure_spans};
-use crate::convert::plan::Section;
+use crate::convert::plan::{Section, heads};
 use crate::data::Split;
 use crate::error::Result;
 use crate::ops::head_loss::Sums;
@@ -73,9 +73,9 @@ fn bounds(seq_len: usize) -> Vec<std::ops::Range<usize>> {
 
 /// The buckets as a table.
 pub fn section(buckets: &[Bucket]) -> Section {
-    let mut columns = vec!["positions", "tokens", "perplexity"];
+    let mut columns = heads(["positions", "tokens", "perplexity"]);
     if buckets.iter().any(|b| b.teacher_perplexity.is_some()) {
-        columns.extend(["teacher", "to teacher", "KL to teacher", "same top token"]);
+        columns.extend(heads(["teacher", "to teacher", "KL to teacher", "same top token"]));
     }
     let row = |b: &Bucket| {
         let mut row = vec![format!("{}–{}", b.from, b.to), b.tokens.to_string(), format!("{:.4}", b.perplexity)];

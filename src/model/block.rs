@@ -86,6 +86,12 @@ impl Block {
         Ok(Heads::new(x, qkv, self.heads, self.kv_heads, &tables.cos, &tables.sin))
     }
 
+    /// What attention output `y` [B, T, H, D] adds to the stream: [B, T, N].
+    pub fn output(&self, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
+        let (b, t, ..) = y.dims4()?;
+        self.o.apply(self.layer, &y.reshape((b, t, self.heads * self.head_dim))?, lora, noise)
+    }
+
     /// The stream [B, T, N] after attention output `y` [B, T, H, D] and the MLP.
     pub fn finish(&self, x: &Tensor, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
         let (x, inner) = self.middle(x, y, lora, noise)?;
@@ -100,16 +106,14 @@ impl Block {
         lora: Option<&Adapters>,
         noise: Option<u64>,
     ) -> TensorResult<(Tensor, Tensor)> {
-        let (b, t, _) = x.dims3()?;
-        let y = y.reshape((b, t, self.heads * self.head_dim))?;
-        let x = (x + self.o.apply(self.layer, &y, lora, noise)?)?;
+        let x = (x + self.output(y, lora, noise)?)?;
         let inner = rms_norm(&x, &self.post_norm, self.norm_eps)?;
         let gate_up = self.gate_up.apply(self.layer, &inner, lora, noise)?;
         Ok((x, swiglu(&gate_up)?))
     }
 
     /// A scalar whose backward pass carries the gradient `from_above` of the block's output to its input and to
-    /// everything that trains inside. The last product is not done again where nothing trains on it: the output's value
+    /// everything that trains inside. The last product is not done again where nothing changes it: the output's value
     /// is not needed, only its gradient.
     pub fn pull_back(
         &self,
@@ -124,8 +128,8 @@ impl Block {
         let (x, inner) = self.middle(x, &y, lora, noise)?;
         let zero = Tensor::zeros((), DType::F32, x.device())?;
         let stream = with_gradient(&x, zero.clone(), from_above.clone())?;
-        let trains = lora.is_some_and(|l| l.targets().any(|t| t == (self.layer, Projection::Down)));
-        let mlp = match self.down.weight(Projection::Down).filter(|_| !trains) {
+        let changed = lora.is_some_and(|l| l.changes(self.layer, Projection::Down));
+        let mlp = match self.down.weight(Projection::Down).filter(|_| !changed) {
             Some(weight) => {
                 let from_above = from_above.flatten(0, 1)?.matmul(&weight?)?.reshape(inner.shape())?;
                 with_gradient(&inner, zero, from_above)?

@@ -1,7 +1,7 @@
 //! The one decoder every family configures: embeddings, blocks, norm, head.
 //!
 //! Frozen weights live here once. A [`Net`] says what runs over them: the attention of every layer and, while
-//! recovering, LoRA adapters. The teacher is the net with `softmax` in every layer, the student another net over the
+//! training, changes of its projections. The teacher is the net with `softmax` in every layer, the student another net over the
 //! same weights.
 
 mod block;
@@ -77,6 +77,11 @@ impl Net {
         };
         let mixers = (0..architecture.layers).map(mixer).collect::<Result<_>>()?;
         Ok(Net { mixers, adapters: None })
+    }
+
+    /// Layers whose attention was replaced, ascending.
+    pub fn converted(&self) -> Vec<usize> {
+        (0..self.mixers.len()).filter(|l| !self.mixers[*l].is_softmax()).collect()
     }
 
     /// An empty state for every layer.

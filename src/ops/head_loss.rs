@@ -5,12 +5,14 @@
 //! loss = Σ_i m_i (ce · -log softmax(z_i)[target_i] + kl · KL(softmax(z'_i) || softmax(z_i))) / Σ m
 //! ```
 //! with z' the teacher's logits from its own hidden state h' through the same head. The gradient with respect to h is
-//! computed in the same pass, block by block.
+//! computed in the same pass, block by block. The KL may also be taken the other way round, at another temperature, or
+//! over the teacher's likeliest tokens ([`Kl`]); these run in plain tensor operations.
 
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{cpu, loss};
+use crate::recipe::{Direction, Kl};
 
 /// What [`head_loss`] optimises and measures.
 pub struct Target<'a> {
@@ -22,6 +24,8 @@ pub struct Target<'a> {
     pub teacher: Option<&'a Tensor>,
     pub ce_weight: f64,
     pub kl_weight: f64,
+    /// What the KL is; the default is KL(teacher || student) of the distributions as they are.
+    pub kl: Kl,
 }
 
 /// Sums over the rows that count.
@@ -30,7 +34,7 @@ pub struct Sums {
     pub rows: f64,
     /// Negative log-likelihood of the targets, nats.
     pub nll: f64,
-    /// KL(teacher || student), nats; 0 without a teacher.
+    /// The divergence from the teacher, nats; 0 without a teacher.
     pub kl: f64,
     /// Rows where student and teacher agree on the most likely token.
     pub agree: f64,
@@ -120,16 +124,18 @@ fn block_loss(
     per_row: f64,
     with_gradient: bool,
 ) -> Result<(Tensor, Tensor)> {
+    if teacher.is_some() && target.kl != Kl::default() {
+        return plain_block(&logits, teacher, target, per_row);
+    }
     #[cfg(feature = "cuda")]
     if super::cuda::ready(&logits) {
         return gpu_block(logits, teacher, target, per_row, with_gradient);
     }
     let _ = with_gradient; // the forms below give it in the same pass
-    let (s, gradient) = if super::fast(&logits) {
-        fast_block(&logits, teacher, target, per_row)?
-    } else {
-        plain_block(&logits, teacher, target, per_row)?
-    };
+    if !super::fast(&logits) {
+        return plain_block(&logits, teacher, target, per_row);
+    }
+    let (s, gradient) = fast_block(&logits, teacher, target, per_row)?;
     Ok((Tensor::new(&[s.rows, s.nll, s.kl, s.agree, s.teacher_nll], logits.device())?, gradient))
 }
 
@@ -177,37 +183,91 @@ fn gpu_block(
     Ok((stats.tensor().sum(0)?, logits))
 }
 
-/// Sums and ∂loss/∂logits of one block, in plain tensor operations.
-fn plain_block(logits: &Tensor, teacher: Option<&Tensor>, target: &Target, per_row: f64) -> Result<(Sums, Tensor)> {
-    let log_softmax = |z: &Tensor| -> Result<Tensor> {
-        let z = z.to_dtype(super::wide(z.dtype()))?;
-        let z = z.broadcast_sub(&z.max_keepdim(D::Minus1)?)?;
-        z.broadcast_sub(&z.exp()?.sum_keepdim(D::Minus1)?.log()?)
-    };
-    let dtype = super::wide(logits.dtype());
-    let scalar = |x: Tensor| x.to_dtype(DType::F64)?.to_scalar::<f64>();
+/// log softmax(z) over the last axis, at least in f32.
+fn log_softmax(z: &Tensor) -> Result<Tensor> {
+    let z = z.to_dtype(super::wide(z.dtype()))?;
+    let z = z.broadcast_sub(&z.max_keepdim(D::Minus1)?)?;
+    z.broadcast_sub(&z.exp()?.sum_keepdim(D::Minus1)?.log()?)
+}
+
+/// Sums `[5]` and ∂loss/∂logits of one block, in plain tensor operations.
+fn plain_block(logits: &Tensor, teacher: Option<&Tensor>, target: &Target, per_row: f64) -> Result<(Tensor, Tensor)> {
+    let (dtype, device) = (super::wide(logits.dtype()), logits.device());
     let tokens = target.tokens.unsqueeze(1)?;
     let mask = match target.mask {
         Some(mask) => mask.to_dtype(dtype)?,
-        None => Tensor::ones(logits.dim(0)?, dtype, logits.device())?,
+        None => Tensor::ones(logits.dim(0)?, dtype, device)?,
     };
-    let total = |x: &Tensor| scalar((x * &mask)?.sum_all()?);
+    let total = |x: &Tensor| (x * &mask)?.to_dtype(DType::F64)?.sum_all();
+    let nll = |log_p: &Tensor| total(&log_p.gather(&tokens, 1)?.squeeze(1)?.neg()?);
     let log_p = log_softmax(logits)?;
     let p = log_p.exp()?;
-    let hot = Tensor::zeros(p.shape(), dtype, p.device())?;
-    let hot = hot.scatter_add(&tokens, &Tensor::ones(tokens.shape(), dtype, p.device())?, 1)?;
-    let mut sums = Sums { rows: scalar(mask.sum_all()?)?, ..Sums::default() };
-    sums.nll = -total(&log_p.gather(&tokens, 1)?.squeeze(1)?)?;
+    let hot = Tensor::zeros(p.shape(), dtype, device)?;
+    let hot = hot.scatter_add(&tokens, &Tensor::ones(tokens.shape(), dtype, device)?, 1)?;
     let mut gradient = ((&p - hot)? * target.ce_weight)?;
+    let zero = Tensor::zeros((), DType::F64, device)?;
+    let mut of_teacher = [zero.clone(), zero.clone(), zero];
     if let Some(teacher) = teacher {
+        let (divergence, slope) = divergence(logits, teacher, target.kl)?;
+        gradient = (gradient + (slope * target.kl_weight)?)?;
         let log_t = log_softmax(teacher)?;
-        let t = log_t.exp()?;
-        sums.kl = total(&(&t * (&log_t - &log_p)?)?.sum(1)?)?;
-        sums.teacher_nll = -total(&log_t.gather(&tokens, 1)?.squeeze(1)?)?;
-        sums.agree = total(&log_t.argmax(1)?.eq(&log_p.argmax(1)?)?.to_dtype(dtype)?)?;
-        gradient = (gradient + ((&p - t)? * target.kl_weight)?)?;
+        let agree = log_t.argmax(1)?.eq(&log_p.argmax(1)?)?.to_dtype(dtype)?;
+        of_teacher = [total(&divergence)?, total(&agree)?, nll(&log_t)?];
     }
+    let [kl, agree, teacher_nll] = of_teacher;
+    let sums = Tensor::stack(&[mask.to_dtype(DType::F64)?.sum_all()?, nll(&log_p)?, kl, agree, teacher_nll], 0)?;
     Ok((sums, (gradient.broadcast_mul(&mask.unsqueeze(1)?)? * per_row)?))
+}
+
+/// The divergence of every row `[rows]` and its gradient in the student's logits z [rows, V]. With q = softmax(z / τ) and
+/// p = softmax(t / τ), where the tokens outside the teacher's first k count as one:
+///
+/// ```text
+/// forward   τ² Σ p log(p / q)      ∂/∂z_j = τ (q_j - p_j),                 for j outside: τ q_j (1 - P / Q)
+/// reverse   τ² Σ q log(q / p)      ∂/∂z_j = τ q_j (log(q_j / p_j) - KL),   for j outside: log(Q / P)
+/// ```
+/// with P and Q what lies outside in all.
+fn divergence(logits: &Tensor, teacher: &Tensor, kl: Kl) -> Result<(Tensor, Tensor)> {
+    let tau = kl.temperature;
+    let scaled = |z: &Tensor| log_softmax(&(z.to_dtype(super::wide(z.dtype()))? / tau)?);
+    let (log_q, mut log_p) = (scaled(logits)?, scaled(teacher)?);
+    let q = log_q.exp()?;
+    let mut p = log_p.exp()?;
+    if kl.top_k > 0 && kl.top_k < logits.dim(1)? {
+        // Outside, the teacher is taken to split its mass as the student does: the ratio is P / Q at every token.
+        let inside = likeliest(&log_p, kl.top_k)?;
+        let outside = inside.eq(0u8)?.to_dtype(q.dtype())?;
+        let mass = |x: &Tensor| (x * &outside)?.sum_keepdim(1)?.maximum(1e-30)?.log();
+        let log_ratio = (mass(&p)? - mass(&q)?)?;
+        log_p = inside.where_cond(&log_p, &log_q.broadcast_add(&log_ratio)?)?;
+        p = log_p.exp()?;
+    }
+    let difference = (log_q - log_p)?;
+    let (rows, slope) = match kl.direction {
+        Direction::Forward => ((&p * &difference)?.sum(1)?.neg()?, (q - p)?),
+        Direction::Reverse => {
+            let rows = (&q * &difference)?.sum(1)?;
+            let slope = (q * difference.broadcast_sub(&rows.unsqueeze(1)?)?)?;
+            (rows, slope)
+        }
+    };
+    Ok(((rows * (tau * tau))?, (slope * tau)?))
+}
+
+/// 1 at the `k` largest entries of every row of `x` [rows, V], ties of the last included: u8. Halves the range of the
+/// smallest of them, because a sort of a vocabulary does not fit a GPU's block.
+fn likeliest(x: &Tensor, k: usize) -> Result<Tensor> {
+    /// Halvings after which f32 has no number left between the ends.
+    const HALVINGS: usize = 48;
+    let (mut low, mut high) = (x.min_keepdim(1)?, (x.max_keepdim(1)? + 1.0)?);
+    for _ in 0..HALVINGS {
+        let middle = ((&low + &high)? * 0.5)?;
+        let count = x.broadcast_ge(&middle)?.to_dtype(DType::F32)?.sum_keepdim(1)?;
+        let enough = count.ge(k as f64)?;
+        low = enough.where_cond(&middle, &low)?;
+        high = enough.where_cond(&high, &middle)?;
+    }
+    x.broadcast_ge(&low)
 }
 
 /// The same on f32 slices, one pass over each row.
@@ -297,23 +357,49 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    /// The definition by autograd over whole logits.
+    /// The definition by autograd over whole logits. The `k` likeliest tokens of the teacher are those that at most
+    /// `k` - 1 others exceed.
     fn oracle(h: &Tensor, head: &Tensor, target: &Target) -> Result<Tensor> {
-        let log_p = |z: Tensor| -> Result<Tensor> {
-            let z = z.to_dtype(super::super::wide(z.dtype()))?; // logits are as precise as the product that made them
+        let log_p = |z: &Tensor, tau: f64| -> Result<Tensor> {
+            let z = (z.to_dtype(super::super::wide(z.dtype()))? / tau)?; // as precise as the product that made them
             let z = z.broadcast_sub(&z.max_keepdim(1)?.detach())?;
             z.broadcast_sub(&z.exp()?.sum_keepdim(1)?.log()?)
         };
-        let p = log_p(h.matmul(&head.t()?)?)?;
-        let mut rows = (p.gather(&target.tokens.unsqueeze(1)?, 1)?.squeeze(1)? * -target.ce_weight)?;
+        let z = h.matmul(&head.t()?)?;
+        let tokens = target.tokens.unsqueeze(1)?;
+        let mut rows = (log_p(&z, 1.0)?.gather(&tokens, 1)?.squeeze(1)? * -target.ce_weight)?;
         if let Some(teacher) = target.teacher {
-            let t = log_p(teacher.matmul(&head.t()?)?)?;
-            rows = (rows + ((t.exp()? * (t - p)?)?.sum(1)? * target.kl_weight)?)?;
+            let Kl { direction, temperature: tau, top_k } = target.kl;
+            let t = teacher.matmul(&head.t()?)?;
+            let (mut q, mut p) = (log_p(&z, tau)?, log_p(&t, tau)?);
+            if top_k > 0 && top_k < z.dim(1)? {
+                let above = t.unsqueeze(1)?.broadcast_gt(&t.unsqueeze(2)?)?.to_dtype(q.dtype())?.sum(2)?;
+                let inside = above.lt(top_k as f64)?;
+                // The tokens outside as one more column, in place of theirs, which get no probability.
+                let never = (q.ones_like()? * -1e9)?;
+                let lump = |x: &Tensor| -> Result<Tensor> {
+                    let rest = (x.exp()? * inside.eq(0u8)?.to_dtype(x.dtype())?)?.sum_keepdim(1)?.log()?;
+                    Tensor::cat(&[inside.where_cond(x, &never)?, rest], 1)
+                };
+                (q, p) = (lump(&q)?, lump(&p)?);
+            }
+            let (of, other) = if direction == Direction::Forward { (&p, &q) } else { (&q, &p) };
+            let kl = ((of.exp()? * (of - other)?)?.sum(1)? * (tau * tau))?;
+            rows = (rows + (kl * target.kl_weight)?)?;
         }
         match target.mask {
             Some(mask) => (rows * mask)?.sum_all()?.div(&mask.sum_all()?),
             None => rows.mean_all(),
         }
+    }
+
+    /// Every way to take the divergence.
+    fn divergences() -> Vec<Kl> {
+        let ways = [(1.0, 0), (2.5, 0), (1.0, 7), (0.5, 1), (1.0, 49), (1.0, 1000)];
+        let both = |(temperature, top_k)| {
+            [Direction::Forward, Direction::Reverse].map(|direction| Kl { direction, temperature, top_k })
+        };
+        ways.into_iter().flat_map(both).collect()
     }
 
     #[test]
@@ -323,8 +409,9 @@ mod tests {
         let mask = Tensor::from_iter((0..rows).map(|i| (i % 3 != 0) as u8 as f64), &Device::Cpu).unwrap();
         let (head, t) = (input("randn", &[vocab as usize, width], 2), input("randn", &[rows, width], 3));
         for (masked, taught) in [(false, false), (true, false), (false, true), (true, true)] {
-            for plain in [false, true] {
-                check("head_loss", &[input("randn", &[rows, width], 1)], 5e-6, |x| {
+            let ways = if taught { divergences() } else { vec![Kl::default()] };
+            for (kl, plain) in ways.into_iter().flat_map(|kl| [(kl, false), (kl, true)]) {
+                check(&format!("head_loss {kl:?}"), &[input("randn", &[rows, width], 1)], 5e-6, |x| {
                     let dtype = x[0].dtype();
                     let (mask, t, head) = (mask.to_dtype(dtype)?, t.to_dtype(dtype)?, head.to_dtype(dtype)?);
                     let target = Target {
@@ -333,6 +420,7 @@ mod tests {
                         teacher: taught.then_some(&t),
                         ce_weight: 0.7,
                         kl_weight: 1.3,
+                        kl,
                     };
                     match (dtype, plain) {
                         (DType::F64, false) => oracle(&x[0], &head, &target),
@@ -361,7 +449,10 @@ mod tests {
                 let (head, t) =
                     (there(input("randn", &[vocab as usize, width], 2))?, there(input("randn", &[rows, width], 3))?);
                 let (mask, teacher) = (masked.then_some(&mask), taught.then_some(&t));
-                loss(&head, &Target { tokens: &tokens, mask, teacher, ce_weight: 0.7, kl_weight: 1.3 })
+                loss(
+                    &head,
+                    &Target { tokens: &tokens, mask, teacher, ce_weight: 0.7, kl_weight: 1.3, kl: Kl::default() },
+                )
             };
             super::super::check::check_gpu(
                 &format!("masked {masked}, taught {taught}"),

@@ -1,7 +1,7 @@
 //! Losses whose gradient is computed with the value, in one pass.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu;
@@ -112,9 +112,24 @@ pub fn mse(x: &Tensor, target: &Tensor, weight: f64) -> Result<Tensor> {
     with_gradient(&x, value, gradient)
 }
 
+/// `weight * mean over rows of ‖x - target‖₂ N^-1/2` of rows [.., N], a scalar f32: the root of each row's mean square, so
+/// that a few huge rows weigh less than in [`mse`]. Where a row is met exactly its gradient is 0.
+pub fn l2(x: &Tensor, target: &Tensor, weight: f64) -> Result<Tensor> {
+    /// Below this an error is rounding, and its direction noise.
+    const SMALLEST: f64 = 1e-12;
+    let dtype = super::wide(x.dtype());
+    let difference = (x.detach().to_dtype(dtype)? - target.detach().to_dtype(dtype)?)?;
+    let root = difference.sqr()?.mean_keepdim(D::Minus1)?.sqrt()?; // [.., 1]
+    let value = (root.mean_all()? * weight)?;
+    let gradient = difference.broadcast_div(&root.maximum(SMALLEST)?)?;
+    let gradient = (gradient * (weight / x.elem_count() as f64))?.to_dtype(x.dtype())?;
+    with_gradient(x, value, gradient)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::check::{INPUTS, check, input};
+    use super::*;
 
     #[test]
     fn mse_fast_equals_plain() {
@@ -125,5 +140,30 @@ mod tests {
                 super::mse(&x[0], &target.to_dtype(x[0].dtype())?, 1000.0)
             });
         }
+    }
+
+    #[test]
+    fn l2_equals_autograd() {
+        for kind in INPUTS {
+            let target = input(kind, &[3, 50, 7], 5);
+            check(kind, &[input(kind, &[3, 50, 7], 1)], 2e-4, |x| {
+                let target = target.to_dtype(x[0].dtype())?;
+                match x[0].dtype() {
+                    DType::F64 => (&x[0] - target)?.sqr()?.sum(2)?.sqrt()?.mean_all()? * (0.3 * 7f64.powf(-0.5)),
+                    _ => l2(&x[0], &target, 0.3),
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn l2_of_what_is_met_exactly_has_no_gradient() -> Result<()> {
+        let x = candle_core::Var::from_tensor(&Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &candle_core::Device::Cpu)?)?;
+        let loss = l2(&x, &Tensor::new(&[[1f32, 2.0], [0.0, 0.0]], x.device())?, 2.0)?;
+        let slope = 0.5 / 12.5f32.sqrt(); // weight / (rows N) over the root of the mean square
+        let gradient = loss.backward()?.get(&x).unwrap().to_vec2::<f32>()?;
+        assert_eq!(gradient[0], [0.0, 0.0]);
+        assert!((gradient[1][0] - 3.0 * slope).abs() < 1e-6 && (gradient[1][1] - 4.0 * slope).abs() < 1e-6);
+        Ok(())
     }
 }

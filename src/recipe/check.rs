@@ -3,7 +3,7 @@
 use serde_json::{Map, Value as Json, json};
 
 use super::load::{Entry, Node, Place, Value};
-use super::{Best, Recipe, show};
+use super::{Best, RESERVED, Recipe, show};
 use crate::checkpoint::writer::parse_size;
 use crate::error::closest;
 
@@ -17,12 +17,14 @@ pub(super) struct Problem {
 /// The typed recipe, or these problems with all further ones.
 pub(super) fn typed(root: &Node, problems: Vec<Problem>) -> Result<Recipe, Vec<Problem>> {
     let schema = show::generated();
-    let mut check = Check { schema: &schema, problems };
-    let json = check.value(&schema, root, "").unwrap_or_default();
+    let mut check = Check { schema: &schema, root, problems };
+    let mut json = check.value(&schema, root, "").unwrap_or_default();
+    inherit_data(&mut json);
     // Keys with a problem fell out of `json`, so this is the recipe with defaults in their place.
     match serde_json::from_value::<Recipe>(json) {
-        Ok(recipe) => {
-            check.across(&recipe, root);
+        Ok(mut recipe) => {
+            check.across(&recipe);
+            recipe.stage.retain(|name, _| recipe.stages.contains(name));
             if check.problems.is_empty() { Ok(recipe) } else { Err(check.problems) }
         }
         Err(e) => {
@@ -34,8 +36,20 @@ pub(super) fn typed(root: &Node, problems: Vec<Problem>) -> Result<Recipe, Vec<P
     }
 }
 
+/// Text of a stage's own: what its table does not say is said by `[data]`.
+fn inherit_data(json: &mut Json) {
+    let Some(base) = json["data"].as_object().cloned() else { return };
+    for stage in json["stage"].as_object_mut().into_iter().flat_map(Map::values_mut) {
+        let Some(own) = stage.get_mut("data").and_then(Json::as_object_mut) else { continue };
+        let mut data = base.clone();
+        data.append(own);
+        *own = data;
+    }
+}
+
 struct Check<'a> {
     schema: &'a Json,
+    root: &'a Node,
     problems: Vec<Problem>,
 }
 
@@ -128,17 +142,24 @@ impl Check<'_> {
     }
 
     fn table(&mut self, schema: &Json, node: &Node, path: &str) -> Option<Json> {
-        let (Value::Table(entries), Some(known)) = (&node.value, schema["properties"].as_object()) else { return None };
+        let Value::Table(entries) = &node.value else { return None };
         let before = self.problems.len();
         let join = |key: &str| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
         let mut json = Map::new();
+        if let Some(each) = any_name(schema) {
+            for Entry { key, node, .. } in entries {
+                json.extend(self.value(each, node, &join(key)).map(|value| (key.clone(), value)));
+            }
+            return Some(Json::Object(json));
+        }
+        let (known, top) = (schema["properties"].as_object()?, path.is_empty());
         for entry in entries {
             let path = join(&entry.key);
             if let Some(property) = known.get(&entry.key) {
                 json.extend(self.value(property, &entry.node, &path).map(|value| (entry.key.clone(), value)));
                 continue;
             }
-            let elsewhere = self.homes(&entry.key);
+            let elsewhere = self.homes(&entry.key, top);
             let advice = match closest(&entry.key, known.keys().map(String::as_str)) {
                 Some(near) => format!("did you mean `{}`?", join(near)),
                 None if !elsewhere.is_empty() => format!("did you mean {}?", elsewhere.join(" or ")),
@@ -157,38 +178,58 @@ impl Check<'_> {
         None
     }
 
-    /// Where else in a recipe a key of this name lives.
-    fn homes(&self, key: &str) -> Vec<String> {
-        let sections = self.schema["properties"].as_object().into_iter().flatten();
-        let inside = sections.filter(|(_, section)| {
-            let section = resolve(self.schema, section);
-            options(section).chain([section]).any(|table| table["properties"].get(key).is_some())
-        });
-        inside.map(|(section, _)| format!("`{section}.{key}`")).collect()
+    /// Where else in a recipe a key of this name lives; at the `top` also as a named table, such as a stage.
+    fn homes(&self, key: &str, top: bool) -> Vec<String> {
+        let mut found = Vec::new();
+        for (section, property) in self.schema["properties"].as_object().into_iter().flatten() {
+            let property = resolve(self.schema, property);
+            let (table, path) = match any_name(property) {
+                Some(each) => (resolve(self.schema, each), format!("{section}.<name>")),
+                None => (property, section.clone()),
+            };
+            if options(table).chain([table]).any(|table| table["properties"].get(key).is_some()) {
+                found.push(format!("`{path}.{key}`"));
+            }
+            if top && any_name(property).is_some() && self.root.get(section).is_some_and(|t| t.get(key).is_some()) {
+                found.push(format!("`{section}.{key}`"));
+            }
+        }
+        found
     }
 
     /// What no single key can tell.
-    fn across(&mut self, recipe: &Recipe, root: &Node) {
-        let (t, r) = (&recipe.transfer, &recipe.recover);
-        let rules = [
-            (t.micro_batch > t.batch, "transfer", "micro_batch", "must be at most `batch`"),
-            (r.micro_batch > r.batch, "recover", "micro_batch", "must be at most `batch`"),
-            (
-                t.tokens > 0 && t.mse_weight == 0.0 && t.attention_ce_weight == 0.0,
-                "transfer",
-                "mse_weight",
-                "and `attention_ce_weight` are both 0, so there is nothing to learn; `tokens = 0` skips the stage",
-            ),
-            (
-                r.tokens > 0 && r.ce_weight == 0.0 && r.kl_weight == 0.0,
-                "recover",
-                "ce_weight",
-                "and `kl_weight` are both 0, so there is nothing to learn; `tokens = 0` skips the stage",
-            ),
-        ];
-        for (_, table, key, text) in rules.iter().filter(|rule| rule.0) {
-            let node = root.get(table).and_then(|t| t.get(key)).unwrap_or(root);
-            self.problem(&node.place, format!("`{table}.{key}` {text}"));
+    fn across(&mut self, recipe: &Recipe) {
+        let root = self.root;
+        let place = |path: &[&str]| {
+            let mut at = root;
+            for key in path.iter().flat_map(|part| part.split('.')) {
+                match at.get(key) {
+                    Some(node) => at = node,
+                    None => break,
+                }
+            }
+            &at.place
+        };
+        for (n, name) in recipe.stages.iter().enumerate() {
+            let letters = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_-".contains(c);
+            let tables: Vec<&str> = recipe.stage.keys().map(String::as_str).collect();
+            let wrong = match recipe.stage.get(name) {
+                _ if name.is_empty() || !name.chars().all(letters) => {
+                    Some("is no name; use small letters, digits, `_` and `-`".into())
+                }
+                None => Some(format!("has no table `[stage.{name}]`; tables there are: {}", tables.join(", "))),
+                _ if RESERVED.contains(&name.as_str()) => Some("means something else; choose another name".into()),
+                _ if recipe.stages[..n].contains(name) => Some("comes twice; let it be two tables of two names".into()),
+                _ => None,
+            };
+            if let Some(wrong) = wrong {
+                self.problem(place(&["stages"]), format!("stage `{name}` of `stages` {wrong}"));
+            }
+        }
+        for (name, stage) in recipe.in_order() {
+            for (key, text) in stage.problems() {
+                self.problem(place(&["stage", name, key]), format!("`stage.{name}.{key}` {text}"));
+            }
         }
         if let Some(text) = recipe.layers.best().and_then(Best::problem) {
             let node = root.get("layers").unwrap_or(root);
@@ -197,12 +238,20 @@ impl Check<'_> {
     }
 }
 
-/// Follows `$ref`.
+/// Follows `$ref`, and a choice between something and nothing to the something.
 pub(super) fn resolve<'a>(root: &'a Json, schema: &'a Json) -> &'a Json {
-    match schema["$ref"].as_str().and_then(|path| root.pointer(path.trim_start_matches('#'))) {
-        Some(target) => resolve(root, target),
-        None => schema,
+    if let Some(target) = schema["$ref"].as_str().and_then(|path| root.pointer(path.trim_start_matches('#'))) {
+        return resolve(root, target);
     }
+    match schema["anyOf"].as_array().map(Vec::as_slice) {
+        Some([some, nothing]) if nothing["type"] == "null" => resolve(root, some),
+        _ => schema,
+    }
+}
+
+/// The schema of every entry of a table whose keys are names.
+pub(super) fn any_name(schema: &Json) -> Option<&Json> {
+    schema.get("additionalProperties").filter(|each| each.is_object())
 }
 
 fn options(schema: &Json) -> impl Iterator<Item = &Json> {

@@ -166,7 +166,7 @@ fn parse_set(set: &str) -> Result<Node, Problem> {
     let (key, raw) = set.split_once('=').map(|(k, v)| (k.trim(), v.trim())).unwrap_or((set, ""));
     let place = Place::Set { key: key.into() };
     if !set.contains('=') || key.split('.').any(|part| part.trim().is_empty()) {
-        let text = format!("`{set}` is not `key=value`, such as `transfer.tokens=20000`");
+        let text = format!("`{set}` is not `key=value`, such as `stage.transfer.tokens=20000`");
         return Err(Problem { place, text });
     }
     let value = match DeValue::parse(raw) {

@@ -12,11 +12,15 @@ mod layers;
 mod load;
 mod show;
 mod source;
+mod stage;
+
+use std::collections::BTreeMap;
 
 pub use layers::{All, Best, By, Every, Keep, KeepBest, Layers};
 pub use load::Loaded;
 pub use show::schema;
 pub use source::{Shipped, list, shipped};
+pub use stage::{Direction, Kl, Lora, Loss, Optimizer, RESERVED, Schedule, Stage};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -38,10 +42,10 @@ pub struct Recipe {
     pub mixer: Mixer,
     /// Text for training and validation.
     pub data: Data,
-    /// Stage 1: attention transfer, one layer at a time.
-    pub transfer: Transfer,
-    /// Stage 2: LoRA on the whole student.
-    pub recover: Recover,
+    /// The training stages that run, in this order: names of the tables `[stage.<name>]`.
+    pub stages: Vec<String>,
+    /// Every training stage by its name; a table that `stages` does not name is not used.
+    pub stage: BTreeMap<String, Stage>,
     /// The folder that is written.
     pub export: Export,
     /// How the export is measured.
@@ -132,169 +136,6 @@ pub enum Join {
     Never,
 }
 
-/// Stage 1: attention transfer, one layer at a time.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Transfer {
-    /// Training tokens; 0 skips the stage. Passes over the data repeat until they are reached.
-    pub tokens: u64,
-    /// At most this many passes over the training text, where that is fewer tokens.
-    #[schemars(extend("exclusiveMinimum" = 0.0))]
-    pub epochs: Option<f64>,
-    /// Tokens per sequence.
-    #[schemars(range(min = 2))]
-    pub seq_len: usize,
-    /// Sequences per optimiser step.
-    #[schemars(range(min = 1))]
-    pub batch: usize,
-    /// Sequences at once; `batch` is reached by accumulation. 0 picks what fits.
-    pub micro_batch: usize,
-    /// Peak learning rate.
-    #[schemars(range(min = 0.0))]
-    pub lr: f64,
-    /// Learning rate of window factors and other scalars; defaults to `lr`.
-    #[schemars(range(min = 0.0))]
-    pub lr_scalars: Option<f64>,
-    /// AdamW.
-    pub optimizer: Optimizer,
-    /// How the learning rate moves.
-    pub schedule: Schedule,
-    /// Optimiser steps between evaluations.
-    #[schemars(range(min = 1))]
-    pub eval_every: usize,
-    /// Weight of the mean squared error on per-head outputs, mean over layers.
-    #[schemars(range(min = 0.0))]
-    pub mse_weight: f64,
-    /// Weight of the cross-entropy of attention weights (needs T x T weights: short sequences only).
-    #[schemars(range(min = 0.0))]
-    pub attention_ce_weight: f64,
-    /// Seed of this stage; defaults to the recipe's.
-    pub seed: Option<u64>,
-}
-
-/// Stage 2: LoRA on the whole student.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Recover {
-    /// Training tokens; 0 skips the stage. Passes over the data repeat until they are reached.
-    pub tokens: u64,
-    /// At most this many passes over the training text, where that is fewer tokens.
-    #[schemars(extend("exclusiveMinimum" = 0.0))]
-    pub epochs: Option<f64>,
-    /// Tokens per sequence.
-    #[schemars(range(min = 2))]
-    pub seq_len: usize,
-    /// Sequences per optimiser step.
-    #[schemars(range(min = 1))]
-    pub batch: usize,
-    /// Sequences at once; `batch` is reached by accumulation. 0 picks what fits.
-    pub micro_batch: usize,
-    /// Peak learning rate of the LoRA matrices.
-    #[schemars(range(min = 0.0))]
-    pub lr: f64,
-    /// Learning rate of the mixers' own parameters; 0 freezes them.
-    #[schemars(range(min = 0.0))]
-    pub lr_mixer: f64,
-    /// AdamW.
-    pub optimizer: Optimizer,
-    /// How the learning rate moves.
-    pub schedule: Schedule,
-    /// Optimiser steps between evaluations.
-    #[schemars(range(min = 1))]
-    pub eval_every: usize,
-    /// Weight of next-token cross-entropy.
-    #[schemars(range(min = 0.0))]
-    pub ce_weight: f64,
-    /// Weight of the forward KL to the teacher's logits; 0 runs no teacher.
-    #[schemars(range(min = 0.0))]
-    pub kl_weight: f64,
-    /// Low-rank adapters, merged into their weights afterwards.
-    pub lora: Lora,
-    /// Seed of this stage; defaults to the recipe's.
-    pub seed: Option<u64>,
-}
-
-/// Low-rank adapters: W + alpha / rank x B A.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Lora {
-    /// Rows of A.
-    #[schemars(range(min = 1))]
-    pub rank: usize,
-    /// The update weighs `alpha` / `rank`.
-    #[schemars(extend("exclusiveMinimum" = 0.0))]
-    pub alpha: f64,
-    /// Share of the adapter's inputs dropped in training.
-    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
-    pub dropout: f64,
-    /// Projections by their checkpoint names.
-    #[schemars(schema_with = "Lora::targets_schema")]
-    pub targets: Vec<String>,
-}
-
-/// AdamW with decoupled decay.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Optimizer {
-    /// Decay of the mean of gradients.
-    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
-    pub beta1: f64,
-    /// Decay of the mean of squared gradients.
-    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    #[schemars(extend("exclusiveMinimum" = 0.0))]
-    pub eps: f64,
-    /// Decoupled weight decay.
-    #[schemars(range(min = 0.0))]
-    pub weight_decay: f64,
-    /// Largest global gradient norm; 0 never clips.
-    #[schemars(range(min = 0.0))]
-    pub clip: f64,
-}
-
-/// How the learning rate moves.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Schedule {
-    /// The peak, after warm-up.
-    Constant {
-        /// Share of the steps spent warming up linearly.
-        #[serde(default)]
-        #[schemars(range(min = 0.0, max = 1.0))]
-        warmup: f64,
-    },
-    /// Cosine from the peak to `floor` x peak.
-    Cosine {
-        /// Share of the steps spent warming up linearly.
-        #[serde(default)]
-        #[schemars(range(min = 0.0, max = 1.0))]
-        warmup: f64,
-        /// The end, as a share of the peak.
-        #[serde(default)]
-        #[schemars(range(min = 0.0, max = 1.0))]
-        floor: f64,
-    },
-    /// Lowered by `factor` when validation has not improved for more than `patience` evaluations.
-    Plateau {
-        /// What the learning rate is multiplied by.
-        #[serde(default = "Schedule::factor")]
-        #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
-        factor: f64,
-        /// Evaluations without improvement that are let pass.
-        #[serde(default = "Schedule::patience")]
-        patience: usize,
-        /// Never below this.
-        #[serde(default = "Schedule::min_lr")]
-        #[schemars(range(min = 0.0))]
-        min_lr: f64,
-        /// Share of the steps spent warming up linearly.
-        #[serde(default)]
-        #[schemars(range(min = 0.0, max = 1.0))]
-        warmup: f64,
-    },
-}
-
 /// The folder that is written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -316,23 +157,6 @@ pub struct Verify {
     pub contexts: Vec<usize>,
 }
 
-impl Schedule {
-    fn factor() -> f64 {
-        0.1
-    }
-    fn patience() -> usize {
-        10
-    }
-    fn min_lr() -> f64 {
-        1e-5
-    }
-    /// The schedule of the LoLCATs code: a tenth after more than ten flat evaluations, down to 1e-5.
-    pub fn plateau() -> Self {
-        let (factor, patience, min_lr) = (Self::factor(), Self::patience(), Self::min_lr());
-        Schedule::Plateau { factor, patience, min_lr, warmup: 0.0 }
-    }
-}
-
 impl Default for Recipe {
     fn default() -> Self {
         Recipe {
@@ -342,8 +166,10 @@ impl Default for Recipe {
             layers: Layers::All(All::All),
             mixer: Mixer::Lolcats(Default::default()),
             data: Data::default(),
-            transfer: Transfer::default(),
-            recover: Recover::default(),
+            stages: ["transfer", "recover"].map(String::from).to_vec(),
+            stage: [("transfer", Stage::transfer()), ("recover", Stage::recover())]
+                .map(|(name, stage)| (name.to_string(), stage))
+                .into(),
             export: Export::default(),
             verify: Verify::default(),
         }
@@ -362,73 +188,6 @@ impl Default for Data {
             bos: Join::Auto,
             eos: Join::Auto,
             seed: None,
-        }
-    }
-}
-
-impl Default for Optimizer {
-    fn default() -> Self {
-        Optimizer { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, clip: 1.0 }
-    }
-}
-
-impl Default for Transfer {
-    fn default() -> Self {
-        Transfer {
-            tokens: 20_000_000,
-            epochs: None,
-            seq_len: 1024,
-            batch: 8,
-            micro_batch: 0,
-            lr: 1e-2,
-            lr_scalars: None,
-            optimizer: Optimizer::default(),
-            schedule: Schedule::plateau(),
-            eval_every: 100,
-            mse_weight: 1000.0,
-            attention_ce_weight: 0.0,
-            seed: None,
-        }
-    }
-}
-
-impl Default for Recover {
-    fn default() -> Self {
-        Recover {
-            tokens: 20_000_000,
-            epochs: None,
-            seq_len: 1024,
-            batch: 8,
-            micro_batch: 0,
-            lr: 1e-4,
-            lr_mixer: 0.0,
-            optimizer: Optimizer::default(),
-            schedule: Schedule::plateau(),
-            eval_every: 100,
-            ce_weight: 1.0,
-            kl_weight: 0.0,
-            lora: Lora::default(),
-            seed: None,
-        }
-    }
-}
-
-/// Projections of a block that can carry an adapter, by their checkpoint names.
-pub const LORA_TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-
-impl Lora {
-    fn targets_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({ "type": "array", "items": { "type": "string", "enum": LORA_TARGETS } })
-    }
-}
-
-impl Default for Lora {
-    fn default() -> Self {
-        Lora {
-            rank: 8,
-            alpha: 16.0,
-            dropout: 0.0,
-            targets: ["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from).to_vec(),
         }
     }
 }
@@ -464,24 +223,6 @@ impl Mixer {
     }
 }
 
-impl Transfer {
-    /// Tokens this stage trains on where one pass over the training text is `train_tokens`.
-    pub fn budget(&self, train_tokens: u64) -> u64 {
-        budget(self.tokens, self.epochs, train_tokens)
-    }
-}
-
-impl Recover {
-    /// Tokens this stage trains on where one pass over the training text is `train_tokens`.
-    pub fn budget(&self, train_tokens: u64) -> u64 {
-        budget(self.tokens, self.epochs, train_tokens)
-    }
-}
-
-fn budget(tokens: u64, epochs: Option<f64>, train_tokens: u64) -> u64 {
-    epochs.map_or(tokens, |epochs| tokens.min((epochs * train_tokens as f64) as u64))
-}
-
 impl Export {
     /// Bytes of the largest shard. Errors: the text is not a size.
     pub fn max_shard_bytes(&self) -> crate::Result<u64> {
@@ -493,10 +234,15 @@ impl Recipe {
     /// The recipe with no sequence longer than the positions a model was made for.
     pub fn within(&self, max_positions: usize) -> Recipe {
         let mut fitted = self.clone();
-        for seq_len in [&mut fitted.transfer.seq_len, &mut fitted.recover.seq_len] {
-            *seq_len = (*seq_len).min(max_positions);
+        for stage in fitted.stage.values_mut() {
+            stage.seq_len = stage.seq_len.min(max_positions);
         }
         fitted
+    }
+
+    /// The stages that run, in order; a name without a table is left out, and refused where a recipe is loaded.
+    pub fn in_order(&self) -> impl Iterator<Item = (&str, &Stage)> {
+        self.stages.iter().filter_map(|name| self.stage.get(name).map(|stage| (name.as_str(), stage)))
     }
 
     /// [`Layers::converted`] of a model of `count` layers.

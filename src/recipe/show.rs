@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value as Json, json};
 
 use super::Recipe;
-use super::check::{resolve, tags, words};
+use super::check::{any_name, resolve, tags, words};
 
 /// The schema of a whole recipe, without `extends`: that key is gone once files are merged.
 pub(super) fn generated() -> Json {
@@ -53,8 +53,16 @@ impl Recipe {
     /// text gives the same recipe.
     pub fn to_toml(&self) -> String {
         let schema = generated();
+        let mut json = without_nulls(self);
+        // Stages in the order they run; tables that are not used come last.
+        if let Some(stages) = json["stage"].as_object_mut() {
+            let order = |name: &str| self.stages.iter().position(|s| s == name).unwrap_or(usize::MAX);
+            let mut sorted: Vec<_> = std::mem::take(stages).into_iter().collect();
+            sorted.sort_by_key(|(name, _)| order(name));
+            stages.extend(sorted);
+        }
         let mut text = String::new();
-        write_table(&mut text, &schema, &schema, &without_nulls(self), "");
+        write_table(&mut text, &schema, &schema, &json, "");
         text
     }
 }
@@ -84,9 +92,21 @@ fn write_table(out: &mut String, root: &Json, schema: &Json, table: &Json, path:
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
         out.push('\n');
         write_comment(out, root, property);
-        _ = writeln!(out, "[{path}]");
-        write_table(out, root, property, &table[key], &path);
+        match any_name(resolve(root, property)) {
+            None => write_section(out, root, property, &table[key], &path),
+            Some(each) => {
+                for (n, (name, entry)) in table[key].as_object().into_iter().flatten().enumerate() {
+                    out.push_str(if n > 0 { "\n" } else { "" });
+                    write_section(out, root, each, entry, &format!("{path}.{name}"));
+                }
+            }
+        }
     }
+}
+
+fn write_section(out: &mut String, root: &Json, schema: &Json, table: &Json, path: &str) {
+    _ = writeln!(out, "[{path}]");
+    write_table(out, root, schema, table, path);
 }
 
 fn write_comment(out: &mut String, root: &Json, property: &Json) {

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::checkpoint::Headers;
 use crate::convert::export::Manifest;
 use crate::convert::inspect::Inspection;
-use crate::convert::plan::{Section, count, ranges};
+use crate::convert::plan::{Section, count, heads, ranges};
 use crate::convert::verify::{Report, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::evaluate::position::{self, Bucket};
@@ -178,7 +178,7 @@ impl Folder {
             let took = duration(Duration::from_secs_f64(seconds));
             Some(vec![stage.name.clone(), steps.to_string(), count(tokens), took, rate, mean("first")?, mean("best")?])
         };
-        let columns = vec!["stage", "steps", "tokens", "time", "tokens/s", "validation before", "best"];
+        let columns = heads(["stage", "steps", "tokens", "time", "tokens/s", "validation before", "best"]);
         let outcomes = Section { title: "", columns, rows: stages.iter().filter_map(row).collect() };
         let curves: String = stages.iter().map(|stage| figures(&stage.figures())).collect();
         table(&outcomes) + &curves
@@ -212,10 +212,10 @@ impl Folder {
             ]
         };
         let fates = manifest.plan["fates"].as_object().into_iter().flatten().map(total).collect();
-        let fates = Section { title: "Fates of the tensors", columns: vec!["fate", "tensors", "size"], rows: fates };
+        let fates = Section { title: "Fates of the tensors", columns: heads(["fate", "tensors", "size"]), rows: fates };
         let dropped = |t: &Value| vec![text(&t["name"]), text(&t["note"])];
         let dropped = manifest.plan["dropped"].as_array().into_iter().flatten().map(dropped).collect();
-        let dropped = Section { title: "Dropped tensors", columns: vec!["tensor", "why"], rows: dropped };
+        let dropped = Section { title: "Dropped tensors", columns: heads(["tensor", "why"]), rows: dropped };
         model + &table(&fates) + &table(&dropped)
     }
 

@@ -37,7 +37,7 @@ impl Update {
     pub fn check(&self, params: &[Param], stage: &str, step: u64) -> Result<()> {
         if let Some((param, _)) = params.iter().zip(&self.gradients).find(|(_, g)| !g.is_finite()) {
             let message = format!("the gradient of `{}` is not finite at step {step} of stage `{stage}`", param.name);
-            let hint = format!("lower `{stage}.lr`; the last good checkpoint is kept");
+            let hint = format!("lower `stage.{stage}.lr`; the last good checkpoint is kept");
             return Err(Error::new(Kind::Training, message).hint(hint));
         }
         for (param, square) in params.iter().zip(&self.weights) {

@@ -1,7 +1,6 @@
-//! What transfer and recovery share: the loop over batches with accumulation, clipping, evaluation, best weights and
-//! resume.
+//! What all stages share: the loop over batches with accumulation, clipping, evaluation, best weights and resume.
 //!
-//! The step number alone decides the batch, the dropout masks and the learning rate of constant and cosine schedules;
+//! The step number alone decides the batch, the dropout masks and the learning rate of all schedules but the plateau;
 //! with the saved weights, moments and scheduler a resumed run repeats the bits of an uninterrupted one.
 
 pub mod adamw;
@@ -31,7 +30,7 @@ pub trait Task {
     /// Everything that trains.
     fn params(&self) -> Vec<Param>;
     /// Learning rate of a parameter at peak.
-    fn peak_lr(&self, param: &Param) -> f64;
+    fn peak_lr(&self, param: usize) -> f64;
     /// Adds `share` times the gradient of the batch's loss to `grads` (one slot per parameter) and gives the losses of
     /// its parts (layers, or the whole model), `[parts]` in f32, on the device so that nothing waits for it. `position`
     /// counts the sequences drawn before this batch: what seeds dropout.
@@ -43,6 +42,11 @@ pub trait Task {
     fn part(&self, param: usize) -> usize;
     /// Name of a part in messages and logs.
     fn part_name(&self, part: usize) -> String;
+}
+
+/// Seed of the dropout masks of a batch behind `position` sequences of a stage.
+pub fn noise(seed: u64, position: u64) -> u64 {
+    seed.wrapping_add(position.wrapping_mul(0x9E37_79B9_7F4A_7C15))
 }
 
 /// Sums of gradients, one per parameter.
@@ -62,7 +66,7 @@ impl Grads {
 
 /// The numbers of one stage.
 pub struct Settings<'a> {
-    pub stage: &'static str,
+    pub stage: &'a str,
     /// Optimiser steps in all.
     pub steps: u64,
     /// Sequences per step, and at once; fewer at once where the device runs out of memory.
@@ -113,7 +117,7 @@ pub fn run(
     let params = task.params();
     let stage = settings.stage;
     let mut optimizer = AdamW::new(&params, settings.optimizer)?;
-    let peaks: Vec<f64> = params.iter().map(|p| task.peak_lr(p)).collect();
+    let peaks: Vec<f64> = (0..params.len()).map(|i| task.peak_lr(i)).collect();
     let mut best: Vec<Tensor> = params.iter().map(|p| p.var.copy()).collect::<candle_core::Result<_>>()?;
     let (mut step, mut position) = match run_dir.load_state(stage, progress)? {
         Some(saved) => {
@@ -167,7 +171,8 @@ pub fn run(
                 }
                 Err(e) if e.kind == Kind::Memory => {
                     let message = format!("{} in stage `{stage}`, planned: {}", e.message, bytes(settings.memory));
-                    let hint = format!("lower `{stage}.seq_len`, or use a device with more memory; progress is saved");
+                    let hint =
+                        format!("lower `stage.{stage}.seq_len`, or use a device with more memory; progress is saved");
                     return Err(Error::new(Kind::Memory, message).hint(hint));
                 }
                 done => break done?,
@@ -290,6 +295,7 @@ fn norm(param: &Param) -> candle_core::Result<f64> {
 }
 
 fn exploded(stage: &str, message: String) -> Error {
-    let hint = format!("lower `{stage}.lr` or set `{stage}.optimizer.clip`; the last good checkpoint is kept");
+    let hint =
+        format!("lower `stage.{stage}.lr` or set `stage.{stage}.optimizer.clip`; the last good checkpoint is kept");
     Error::new(Kind::Training, message).hint(hint)
 }

@@ -27,21 +27,26 @@ impl Rate {
 
     /// Factor of the update that follows `step` finished ones.
     pub fn at(&self, step: u64) -> f64 {
-        let warmup = match self.schedule {
-            Schedule::Constant { warmup } | Schedule::Cosine { warmup, .. } | Schedule::Plateau { warmup, .. } => {
-                warmup
-            }
-        };
+        use Schedule::*;
+        let (Constant { warmup }
+        | Linear { warmup, .. }
+        | Cosine { warmup, .. }
+        | Wsd { warmup, .. }
+        | Plateau { warmup, .. }) = self.schedule;
         let rise = (warmup * self.steps as f64).round();
         if (step as f64) < rise {
             return (step + 1) as f64 / rise;
         }
+        // Share of the steps from `start` to the last that are done.
+        let done = |start: f64| ((step as f64 - start) / (self.steps as f64 - start).max(1.0)).max(0.0);
         match self.schedule {
-            Schedule::Constant { .. } => 1.0,
-            Schedule::Plateau { .. } => self.factor,
-            Schedule::Cosine { floor, .. } => {
-                let done = (step as f64 - rise) / (self.steps as f64 - rise).max(1.0);
-                floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+            Constant { .. } => 1.0,
+            Plateau { .. } => self.factor,
+            Linear { floor, .. } => floor + (1.0 - floor) * (1.0 - done(rise)),
+            Cosine { floor, .. } => floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * done(rise)).cos()),
+            Wsd { decay, floor, .. } => {
+                let start = self.steps as f64 - (decay * self.steps as f64).round();
+                floor + (1.0 - floor) * (1.0 - done(start))
             }
         }
     }
@@ -94,6 +99,22 @@ mod tests {
         }
         (0..10).for_each(|_| rate.observe(0.9));
         assert!((rate.at(500) * 1e-2 - 1e-4).abs() < 1e-12);
+    }
+
+    #[test]
+    fn straight_lines_are_straight() {
+        let linear = Rate::new(&Schedule::Linear { warmup: 0.2, floor: 0.5 }, 10, 1.0);
+        let wsd = Rate::new(&Schedule::Wsd { warmup: 0.2, decay: 0.4, floor: 0.1 }, 10, 1.0);
+        let close = |rate: &Rate, wanted: [f64; 11]| {
+            for (step, wanted) in wanted.into_iter().enumerate() {
+                let found = rate.at(step as u64);
+                assert!((found - wanted).abs() < 1e-12, "step {step}: {found}, not {wanted}");
+            }
+        };
+        close(&linear, [0.5, 1.0, 1.0, 0.9375, 0.875, 0.8125, 0.75, 0.6875, 0.625, 0.5625, 0.5]);
+        close(&wsd, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]);
+        let constant = Rate::new(&Schedule::Constant { warmup: 0.5 }, 4, 1.0);
+        assert_eq!([0, 1, 2, 3].map(|step| constant.at(step)), [0.5, 1.0, 1.0, 1.0]);
     }
 
     #[test]

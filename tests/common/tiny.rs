@@ -78,7 +78,7 @@ impl Home {
     pub fn job(&self, out: &str, sets: &[&str]) -> Job {
         let source = format!("data.sources=[{:?}]", self.path("text.txt"));
         let stage = |name: &str| {
-            ["tokens=3072", "seq_len=64", "batch=4", "lr=1e-2", "eval_every=4"].map(|key| format!("{name}.{key}"))
+            ["tokens=3072", "seq_len=64", "batch=4", "lr=1e-2", "eval_every=4"].map(|key| format!("stage.{name}.{key}"))
         };
         let mut all = vec![source, "mixer.window=16".into(), "verify.contexts=[48]".into()];
         all.extend(stage("transfer").into_iter().chain(stage("recover")));
@@ -184,7 +184,7 @@ impl Job {
                 recipe: Recipe::load("llama/lolcats", &self.sets)?,
                 out: self.out.clone(),
                 device: Device::Cpu,
-                until: self.until.then_some(Until::Transfer),
+                until: self.until.then(|| Until::from("transfer")),
                 restart: self.restart,
                 tensorboard: None,
             };

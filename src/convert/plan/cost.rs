@@ -4,35 +4,43 @@
 //!
 //! | per token | operations |
 //! |---|---|
-//! | transfer, blocks before the last converted layer | 2 per parameter |
-//! | transfer, last converted layer | 2 per parameter of q, k, v |
-//! | transfer, teacher's attention up to there | 1 x the mixer's |
-//! | transfer, new attention | 3 x the mixer's: forward, again in the backward pass, gradient of maps and factors |
-//! | recover, blocks | 6 per parameter: forward, recomputation, gradient of the input |
-//! | recover, adapters | 8 per parameter: the same, and the gradient of A and B |
-//! | recover, attention | 5 x the mixer's: forward, recomputation, again in the backward pass, gradient (2) |
-//! | recover, head | 4 per parameter, 6 with KL |
-//! | recover with KL, teacher | 2 per parameter of the blocks, and its attention |
+//! | layer-wise, blocks before the last converted layer | 2 per parameter |
+//! | layer-wise, last converted layer | 2 per parameter of q, k, v |
+//! | layer-wise, teacher's attention up to there | 1 x the mixer's |
+//! | layer-wise, new attention | 3 x the mixer's: forward, again in the backward pass, gradient of what trains |
+//! | layer-wise, where q, k, v are changed | 2 per parameter of theirs: the student's own |
+//! | layer-wise after `o_proj` | 6 per parameter of it: teacher, student, gradient of the input |
+//! | layer-wise, changes of projections | 6 per parameter: forward, gradients of both sides |
+//! | whole model, blocks | 6 per parameter: forward, recomputation, gradient of the input |
+//! | whole model, changes of projections | 8 per parameter: the same, and their own gradient |
+//! | whole model, attention | 5 x the mixer's: forward, recomputation, again in the backward pass, gradient (2) |
+//! | whole model, head | 4 per parameter, 6 with KL |
+//! | whole model with KL, teacher | 2 per parameter of the blocks, and its attention |
 //!
 //! Memory is counted in elements per token of a micro-batch, from the tensors that `transfer` and `recover` hold at
 //! their widest point. With N hidden, Q query, P packed q, k, v and I MLP widths and E features of all heads:
 //!
 //! | | elements per token |
 //! |---|---|
-//! | transfer, a converted layer | N + 2 P + 4 Q + 6 E: stream, heads twice, outputs and their gradients, features and theirs twice |
-//! | transfer, the MLP after it | 5 N + 2 P + Q + 3 I |
-//! | recover, inputs of blocks | (layers + 5) N, one more with KL |
-//! | recover, graph of one block | 6 N + 3 P + Q + 2 E + 3 I, and three more outputs for each adapted projection |
-//! | recover, its gradients | 3 N + the larger of 5 I and Q + P + 6 E |
-//! | verify, a layer of one sequence | as in transfer |
+//! | layer-wise, a converted layer | N + 2 P + 4 Q + 6 E: stream, heads twice, outputs and their gradients, features and theirs twice |
+//! | layer-wise, where q, k, v are changed | N + 3 P more: norm, heads, rotated heads and their gradient |
+//! | layer-wise after `o_proj` | 4 N more: both outputs, their difference, its gradient |
+//! | layer-wise, the MLP after it | 5 N + 2 P + Q + 3 I |
+//! | whole model, inputs of blocks | (layers + 5) N, one more with KL |
+//! | whole model, graph of one block | 6 N + 3 P + Q + 2 E + 3 I, and three more outputs for each changed projection |
+//! | whole model, its gradients | 3 N + the larger of 5 I and Q + P + 6 E |
+//! | verify, a layer of one sequence | as layer-wise |
 //!
 //! Verification holds three models: the student, the export and the teacher.
 //!
 //! The mapped checkpoint is not counted, since the system takes its pages back when it needs them, and neither are
 //! program and tokenizer. On a GPU, where the plain forms run, T x T weights are added and the figures are coarser.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::Serialize;
 
+use super::super::trained::Reach;
 use crate::families::{Architecture, Projection};
 use crate::mixers::Design;
 use crate::mixers::softmax::Softmax;
@@ -82,7 +90,9 @@ pub fn steps(tokens: u64, batch: usize, seq_len: usize) -> u64 {
 /// One training stage.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stage {
-    pub name: &'static str,
+    pub name: String,
+    /// Whether its losses are taken layer by layer.
+    pub layer_wise: bool,
     /// Parameters that train.
     pub trainable: u64,
     /// Tokens asked for, after the bound of `epochs`.
@@ -104,7 +114,7 @@ pub struct Stage {
 pub struct Memory {
     /// Frozen weights.
     pub weights: u64,
-    /// What trains, in f32: parameter, gradient, two moments and the best so far; new parameters that rest once.
+    /// What trains, in f32: parameter, gradient, two moments and the best so far; what is new and rests once.
     pub optimizer: u64,
     /// Inputs kept for recomputation.
     pub inputs: u64,
@@ -155,39 +165,73 @@ impl<'a> Costs<'a> {
         Costs { a, design, converted, device, widths, new: per_layer * converted.len() as u64 }
     }
 
-    /// Attention transfer; `None` where nothing trains.
-    pub fn transfer(&self, s: &recipe::Transfer, train_tokens: Option<u64>) -> Option<Stage> {
-        let a = self.a;
-        let last = *self.converted.last()?;
-        let tokens = train_tokens.map_or(s.tokens, |t| s.budget(t));
-        let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
+    /// The stages that have something to train, in order.
+    pub fn stages(&self, recipe: &recipe::Recipe, train_tokens: Option<&BTreeMap<String, u64>>) -> Vec<Stage> {
+        let (mut found, mut before) = (Vec::new(), Changes::default());
+        for (name, s) in recipe.in_order() {
+            let reach = Reach::of(s, self.a.layers, self.converted);
+            let now = before.with(self.a, s.lora.rank, &reach);
+            let changing = now.elements() - before.elements()
+                + self.full(reach.full.iter().filter(|at| before.full.contains(*at)));
+            let mixers = if s.trains("mixer") { self.new } else { 0 };
+            let tokens = train_tokens.and_then(|t| t.get(name)).map_or(s.tokens, |t| s.budget(*t));
+            if tokens == 0 || changing + mixers == 0 {
+                continue;
+            }
+            let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
+            let cost =
+                if s.loss.layer_wise() { self.layer_wise(s, &now, micro) } else { self.whole_model(s, &now, micro) };
+            let (trainable, existing) = (changing + mixers, now.elements() + self.new);
+            let optimizer = 4 * (5 * trainable + existing - trainable);
+            let (steps, tokens_per_step) = (steps(tokens, s.batch, s.seq_len), (s.batch * s.seq_len) as u64);
+            found.push(Stage {
+                name: name.into(),
+                layer_wise: s.loss.layer_wise(),
+                trainable,
+                tokens,
+                steps,
+                tokens_per_step,
+                seq_len: s.seq_len,
+                batch: s.batch,
+                micro_batch: micro,
+                flops: cost.flops_per_token * (steps * tokens_per_step) as f64,
+                memory: Memory::new(self.weights(), optimizer, cost.inputs, cost.working + self.casts(&now)),
+            });
+            before = now;
+        }
+        found
+    }
 
-        let heads: usize = [Projection::Q, Projection::K, Projection::V].map(|p| elements(a, p)).iter().sum();
-        let frozen = 2.0 * (last as f64 * a.block_parameters() as f64 + heads as f64);
+    fn layer_wise(&self, s: &recipe::Stage, changes: &Changes, micro: usize) -> Cost {
+        let (a, w, count) = (self.a, &self.widths, self.converted.len() as f64);
+        let heads = [Projection::Q, Projection::K, Projection::V];
+        let packed = heads.iter().map(|p| elements(a, *p)).sum::<u64>() as f64;
+        let own = self.converted.iter().filter(|l| heads.iter().any(|p| changes.places.contains(&(**l, *p)))).count();
+        let last = self.converted.last().copied().unwrap_or(0);
+
+        let frozen = 2.0 * (last as f64 * a.block_parameters() as f64 + packed);
         let teacher = (last + 1) as f64 * Softmax.flops_per_token(a, s.seq_len);
-        let student = 3.0 * self.converted.len() as f64 * self.design.flops_per_token(a, s.seq_len);
+        let student = 3.0 * count * self.design.flops_per_token(a, s.seq_len);
+        let output = if s.loss.hidden() { 6.0 * count * elements(a, Projection::O) as f64 } else { 0.0 };
+        let changed = 2.0 * own as f64 * packed + 6.0 * changes.elements() as f64;
 
-        let squares = match (self.device, s.attention_ce_weight > 0.0) {
+        let squares = match (self.device, s.loss.attention_ce > 0.0) {
             (PlanDevice::Cpu, false) => 0,
             (PlanDevice::Cuda, false) => self.plain_squares(12),
             (_, true) => 18,
         };
-        let working = self.activations(micro, s.seq_len, self.layer()) + self.squares(micro, s.seq_len, squares);
-        let size = Size { tokens, seq_len: s.seq_len, batch: s.batch, micro };
-        let params = Params { trainable: self.new, resting: 0 };
-        self.stage("transfer", size, params, frozen + teacher + student, 0, working)
+        let more = if own > 0 { w.hidden + 3 * w.packed } else { 0 } + if s.loss.hidden() { 4 * w.hidden } else { 0 };
+        Cost {
+            flops_per_token: frozen + teacher + student + output + changed,
+            inputs: 0,
+            working: self.activations(micro, s.seq_len, self.layer(more)) + self.squares(micro, s.seq_len, squares),
+        }
     }
 
-    /// LoRA recovery; `None` where nothing trains.
-    pub fn recover(&self, s: &recipe::Recover, targets: &[Projection], train_tokens: Option<u64>) -> Option<Stage> {
+    fn whole_model(&self, s: &recipe::Stage, changes: &Changes, micro: usize) -> Cost {
         let (a, w) = (self.a, &self.widths);
-        let tokens = train_tokens.map_or(s.tokens, |t| s.budget(t));
-        let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
         let (layers, converted) = (a.layers as u64, self.converted.len() as u64);
-        let rank = s.lora.rank as u64;
-        let sides = |p: &Projection| a.shape(*p).iter().map(|d| *d as u64).sum::<u64>();
-        let adapters = layers * rank * targets.iter().map(sides).sum::<u64>();
-        let taught = s.kl_weight > 0.0;
+        let taught = s.loss.logit_kl > 0.0;
 
         let blocks = layers as f64 * a.block_parameters() as f64;
         let softmax = Softmax.flops_per_token(a, s.seq_len);
@@ -195,34 +239,45 @@ impl<'a> Costs<'a> {
             converted as f64 * self.design.flops_per_token(a, s.seq_len) + (layers - converted) as f64 * softmax;
         let head = (a.vocab * a.hidden) as f64 * if taught { 6.0 } else { 4.0 };
         let teacher = if taught { 2.0 * blocks + layers as f64 * softmax } else { 0.0 };
-        let flops = 6.0 * blocks + 8.0 * adapters as f64 + 5.0 * attention + head + teacher;
 
-        let adapted = |p: &Projection| {
-            let [out, inner] = a.shape(*p).map(|d| d as u64);
-            3 * out + rank + if s.lora.dropout > 0.0 { 2 * inner } else { 0 }
-        };
+        let changed =
+            |p: &Projection| if changes.places.iter().any(|(_, at)| at == p) { 3 * a.shape(*p)[0] as u64 } else { 0 };
+        let low_rank =
+            |p: &Projection| s.lora.rank as u64 + if s.lora.dropout > 0.0 { 2 * a.shape(*p)[1] as u64 } else { 0 };
         let graph = 6 * w.hidden
             + 3 * w.packed
             + w.query
             + 2 * w.features
             + 3 * w.mlp
-            + targets.iter().map(adapted).sum::<u64>();
+            + Projection::ALL.iter().map(changed).sum::<u64>()
+            + s.lora_targets().iter().map(low_rank).sum::<u64>();
         let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
         let squares = if self.device == PlanDevice::Cuda { self.plain_squares(16) } else { 0 };
         let block = self.activations(micro, s.seq_len, graph + gradients) + self.squares(micro, s.seq_len, squares);
-        let logits = self.logits(micro * s.seq_len, taught);
-        let inputs = self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden);
-        let size = Size { tokens, seq_len: s.seq_len, batch: s.batch, micro };
-        let params = match s.lr_mixer > 0.0 {
-            true => Params { trainable: adapters + self.new, resting: 0 },
-            false => Params { trainable: adapters, resting: self.new },
-        };
-        self.stage("recover", size, params, flops, inputs, block.max(logits))
+        Cost {
+            flops_per_token: 6.0 * blocks + 8.0 * changes.elements() as f64 + 5.0 * attention + head + teacher,
+            inputs: self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden),
+            working: block.max(self.logits(micro * s.seq_len, taught)),
+        }
+    }
+
+    /// Bytes of the changes in full of one layer in the precision of the weights, and of their gradients in it, where
+    /// that is not their own.
+    fn casts(&self, changes: &Changes) -> u64 {
+        let of = |layer: usize| self.full(changes.full.iter().filter(|(l, _)| *l == layer));
+        match self.device {
+            PlanDevice::Cpu => 0,
+            PlanDevice::Cuda => 2 * self.device.element() * (0..self.a.layers).map(of).max().unwrap_or(0),
+        }
+    }
+
+    fn full<'p>(&self, places: impl Iterator<Item = &'p (usize, Projection)>) -> u64 {
+        places.map(|(_, p)| elements(self.a, *p)).sum()
     }
 
     /// Verification on sequences of `seq_len` tokens.
     pub fn verify(&self, seq_len: usize) -> Memory {
-        let working = self.activations(1, seq_len, self.layer()) + self.logits(seq_len, true);
+        let working = self.activations(1, seq_len, self.layer(0)) + self.logits(seq_len, true);
         Memory::new(3 * self.weights(), 2 * 4 * self.new, 0, working)
     }
 
@@ -234,10 +289,10 @@ impl<'a> Costs<'a> {
         elements * self.device.element()
     }
 
-    /// Elements per token at the widest point of a layer outside of recovery.
-    fn layer(&self) -> u64 {
+    /// Elements per token at the widest point of a layer outside of whole-model stages, with `more` beside its attention.
+    fn layer(&self, more: u64) -> u64 {
         let w = &self.widths;
-        let attention = w.hidden + 2 * w.packed + 4 * w.query + 6 * w.features;
+        let attention = w.hidden + 2 * w.packed + 4 * w.query + 6 * w.features + more;
         attention.max(5 * w.hidden + 2 * w.packed + w.query + 3 * w.mlp)
     }
 
@@ -264,52 +319,45 @@ impl<'a> Costs<'a> {
     fn squares(&self, micro: usize, seq_len: usize, count: u64) -> u64 {
         (micro * self.a.heads) as u64 * (seq_len as u64).pow(2) * count * self.device.element()
     }
+}
 
-    fn stage(
-        &self,
-        name: &'static str,
-        size: Size,
-        params: Params,
-        flops_per_token: f64,
-        inputs: u64,
-        working: u64,
-    ) -> Option<Stage> {
-        let Size { tokens, seq_len, batch, micro } = size;
-        let Params { trainable, resting } = params;
-        if tokens == 0 || trainable == 0 {
-            return None;
+/// What a stage does and holds, beside weights and training state.
+struct Cost {
+    flops_per_token: f64,
+    /// Bytes.
+    inputs: u64,
+    working: u64,
+}
+
+/// Changes of projections up to a stage.
+#[derive(Default)]
+struct Changes {
+    /// Elements of all LoRA and of all changes in full.
+    low_rank: u64,
+    full_rank: u64,
+    places: BTreeSet<(usize, Projection)>,
+    /// Those of changes in full.
+    full: BTreeSet<(usize, Projection)>,
+}
+
+impl Changes {
+    /// These and what a stage adds: its own LoRA, changes in full where there were none.
+    fn with(&self, a: &Architecture, rank: usize, reach: &Reach) -> Changes {
+        let sides = |p: Projection| a.shape(p).iter().map(|d| *d as u64).sum::<u64>();
+        let full: BTreeSet<_> = self.full.iter().chain(&reach.full).copied().collect();
+        Changes {
+            low_rank: self.low_rank + rank as u64 * reach.lora.iter().map(|(_, p)| sides(*p)).sum::<u64>(),
+            full_rank: full.iter().map(|(_, p)| elements(a, *p)).sum(),
+            places: self.places.iter().chain(&reach.lora).chain(&full).copied().collect(),
+            full,
         }
-        let optimizer = 4 * (5 * trainable + resting);
-        let (steps, tokens_per_step) = (steps(tokens, batch, seq_len), (batch * seq_len) as u64);
-        Some(Stage {
-            name,
-            trainable,
-            tokens,
-            steps,
-            tokens_per_step,
-            seq_len,
-            batch,
-            micro_batch: micro,
-            flops: flops_per_token * (steps * tokens_per_step) as f64,
-            memory: Memory::new(self.weights(), optimizer, inputs, working),
-        })
+    }
+
+    fn elements(&self) -> u64 {
+        self.low_rank + self.full_rank
     }
 }
 
-/// The sizes a stage's settings ask for.
-struct Size {
-    tokens: u64,
-    seq_len: usize,
-    batch: usize,
-    micro: usize,
-}
-
-/// New parameters of a stage: those that train and those that rest.
-struct Params {
-    trainable: u64,
-    resting: u64,
-}
-
-fn elements(a: &Architecture, p: Projection) -> usize {
-    a.shape(p).iter().product()
+fn elements(a: &Architecture, p: Projection) -> u64 {
+    a.shape(p).iter().map(|d| *d as u64).product()
 }

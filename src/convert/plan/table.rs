@@ -6,7 +6,7 @@ use super::{Fate, Memory, Plan, Stage, Tensor, Total};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Section {
     pub title: &'static str,
-    pub columns: Vec<&'static str>,
+    pub columns: Vec<String>,
     pub rows: Vec<Vec<String>>,
 }
 
@@ -16,6 +16,11 @@ impl Section {
         let rows = rows.into_iter().map(|(name, value)| vec![name.to_string(), value]).collect();
         Section { title, columns: Vec::new(), rows }
     }
+}
+
+/// Column heads.
+pub fn heads<const N: usize>(names: [&str; N]) -> Vec<String> {
+    names.map(String::from).to_vec()
 }
 
 impl Plan {
@@ -47,7 +52,7 @@ impl Plan {
         let fates = self.fates.iter().map(|(fate, Total { tensors, bytes: size })| {
             vec![fate.word().to_string(), tensors.to_string(), bytes(*size)]
         });
-        sections.push(Section { title: "Fates", columns: vec!["fate", "tensors", "size"], rows: fates.collect() });
+        sections.push(Section { title: "Fates", columns: heads(["fate", "tensors", "size"]), rows: fates.collect() });
         sections.push(stages(&self.stages, &self.verify));
         let mut disk = vec![("export", self.disk.export), ("run folder", self.disk.run)];
         if self.disk.download > 0 {
@@ -123,7 +128,7 @@ fn tensors(title: &'static str, list: &[&Tensor]) -> Section {
             g.first.note.clone().unwrap_or_default(),
         ]
     };
-    let columns = vec!["tensor", "type", "shape", "count", "size", "fate", "why"];
+    let columns = heads(["tensor", "type", "shape", "count", "size", "fate", "why"]);
     Section { title, columns, rows: groups.into_iter().map(row).collect() }
 }
 
@@ -154,11 +159,11 @@ fn stages(list: &[Stage], verify: &Memory) -> Section {
     };
     let holds = |m: &Memory| [m.total, m.weights, m.optimizer, m.inputs, m.working].map(bytes);
     let mut columns = vec![("", STAGE_ROWS.map(String::from).to_vec())];
-    columns.extend(list.iter().map(|s| (s.name, [&trains(s)[..], &holds(&s.memory)].concat())));
+    columns.extend(list.iter().map(|s| (s.name.as_str(), [&trains(s)[..], &holds(&s.memory)].concat())));
     columns.push(("verify", [vec![String::new(); 7], holds(verify).to_vec()].concat()));
     let row = |i: usize| columns.iter().map(|(_, cells)| cells[i].clone()).collect();
     let rows = (0..STAGE_ROWS.len()).map(row).collect();
-    Section { title: "Stages", columns: columns.iter().map(|(head, _)| *head).collect(), rows }
+    Section { title: "Stages", columns: columns.iter().map(|(head, _)| head.to_string()).collect(), rows }
 }
 
 const STAGE_ROWS: [&str; 12] = [

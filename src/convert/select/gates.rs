@@ -17,7 +17,7 @@ use candle_core::{DType, Device, Result as TensorResult, Tensor, Var, bail};
 use super::Selection;
 use crate::convert::recover::Recover;
 use crate::data::{Batch, Split};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::evaluate::{Subject, quality};
 use crate::mixers::softmax::Softmax;
 use crate::mixers::{Design, Heads, Mixer, State, Weights};
@@ -53,16 +53,21 @@ pub(super) fn scores(s: &Selection, run: &mut RunDir, progress: &dyn Progress) -
         }))
     };
     let mixers = s.student.net.mixers.iter().map(|m| m.as_ref()).enumerate().map(gate).collect::<TensorResult<_>>()?;
+    if s.student.net.adapters.is_some() {
+        let message = "gates cannot choose between layers whose projections a stage before them trained";
+        return Err(Error::new(Kind::Recipe, message).hint("take `by = \"restore-one-kl\"`"));
+    }
     let net = Net { mixers, adapters: None };
 
     let batch = BATCH.min(s.train.len());
     let steps = s.best.tokens().div_ceil((batch * s.train.seq_len()) as u64);
     // Far enough for every gate to cross from 1 to 0 and some way back.
     let lr = (5.0 / steps as f64).clamp(0.01, 0.1);
-    let recover = recipe::Recover { lr_mixer: lr, ce_weight: 0.0, kl_weight: 1.0, ..recipe::Recover::default() };
+    let loss = recipe::Loss { logit_kl: 1.0, ..recipe::Loss::default() };
+    let stage = recipe::Stage { train: vec!["mixer".into()], lr, loss, ..recipe::Stage::default() };
     let kl = quality(s.student, Some(s.teacher), s.valid, &Silent)?.kl.unwrap_or_default();
     let mut task = Gates {
-        inner: Recover::new(decoder, s.teacher.net, &net, &recover, s.micro_batch, s.seed),
+        inner: Recover::new(decoder, s.teacher.net, &net, &stage, s.micro_batch, s.seed),
         gated: Subject { decoder, net: &net },
         teacher: s.teacher,
         scale: 1.0 / kl.max(1e-9),
@@ -168,7 +173,7 @@ impl Task for Gates<'_> {
         self.inner.params()
     }
 
-    fn peak_lr(&self, _: &Param) -> f64 {
+    fn peak_lr(&self, _: usize) -> f64 {
         self.lr
     }
 
