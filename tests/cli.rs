@@ -406,7 +406,7 @@ fn conversion_and_verification() {
     says(&["generate", &export, "--prompt", "The", "--max-tokens", "4"]);
 
     let html = page(&[&export], &out.join("report.html"));
-    let parts = ["quality", "training", "verification", "memory", "plan", "data", "recipe"];
+    let parts = ["quality", "training", "verification", "attention", "memory", "plan", "data", "recipe"];
     assert_eq!(anchors(&html), parts);
     // Two losses of each stage and the layers of one; memory and speed have one figure where one context was timed.
     assert_eq!(html.matches("<svg ").count(), 6);

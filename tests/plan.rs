@@ -384,6 +384,7 @@ fn json_keys_are_stable() {
     assert_eq!(keys(&plan["fates"]["new"]), ["tensors", "bytes"]);
     let stage = [
         "name",
+        "layer_wise",
         "trainable",
         "tokens",
         "steps",

@@ -276,7 +276,7 @@ contexts = [0, 8]
       mine.toml:34:9: `stage.tune.train` names nothing; `tokens = 0` skips the stage
       mine.toml:35:12: `stage.tune.schedule` warms up and decays over 1.05 of the steps, more than all
       mine.toml:36:20: `stage.tune.data.sources` must be a list, each item a string, found `3`
-      mine.toml:42:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats
+      mine.toml:42:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats, lizard, lizard-paper, lawcat, gla, hgrn2, gsa, delta, mamba2, mala, rala
       mine.toml:45:14: `data.validation` must be below 1, found `1`
       mine.toml:46:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto
       mine.toml:47:11: `data.sources` must be a list, each item a string, found the string `"a.txt"`

@@ -37,7 +37,7 @@ fn home() -> Home {
 
 /// A conversion without recovery.
 fn job(home: &Home, out: &str, layers: &str) -> Job {
-    home.job(out, &["recover.tokens=0", &format!("layers={layers}")])
+    home.job(out, &["stage.recover.tokens=0", &format!("layers={layers}")])
 }
 
 #[track_caller]
@@ -106,7 +106,7 @@ fn restore_one_equals_measuring_every_variant() {
     let report = manifest.verify.unwrap();
     let stages = report["stages"].as_array().unwrap();
     let kl = |name: &str| stages.iter().find(|s| s["name"] == name).unwrap()["quality"]["kl"].as_f64().unwrap();
-    assert!(kl("selected") < kl("transferred"), "{} and {}", kl("selected"), kl("transferred"));
+    assert!(kl("selected") < kl("transfer"), "{} and {}", kl("selected"), kl("transfer"));
 }
 
 #[test]
