@@ -408,8 +408,9 @@ fn conversion_and_verification() {
     let html = page(&[&export], &out.join("report.html"));
     let parts = ["quality", "training", "verification", "attention", "memory", "plan", "data", "recipe"];
     assert_eq!(anchors(&html), parts);
-    // Two losses of each stage and the layers of one; memory and speed have one figure where one context was timed.
-    assert_eq!(html.matches("<svg ").count(), 6);
+    // Two losses of each stage, the layers of one, six heat maps of its heads; memory and speed have one figure where one
+    // context was timed.
+    assert_eq!(html.matches("<svg ").count(), 12);
     let own = dir.path().join("full.html");
     let own_text = own.display().to_string();
     let suites = ["--suites", "--samples", "1", "--seq-len", "128", "--tokens", "1024", "--out", &own_text];
