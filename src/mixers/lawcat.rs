@@ -46,6 +46,8 @@ pub struct Config {
     pub window: usize,
     /// Start of the window factor before the sigmoid (-2.197 is sigmoid 0.1).
     pub window_factor: f64,
+    /// The linear part weighs 1 - sigmoid(window factor) instead of 1.
+    pub affine: bool,
 }
 
 impl Default for Config {
@@ -59,6 +61,7 @@ impl Default for Config {
             gate: Gate { normaliser: 16.0, bias: 0.0, ..Gate::of(GateKind::LowRank) },
             window: 0,
             window_factor: -2.197_224_577_336_219_6,
+            affine: false,
         }
     }
 }
@@ -113,7 +116,7 @@ impl Design for Config {
             convs: CONV.map(|name| ShortConv::build(name, &params)),
             maps: form.build(a, &params),
             decays: self.gate.build(a, layer, form.width(), &params),
-            shared: Shared::build(self.window, "lizard.sinks", &params),
+            shared: Shared::build(self.window, self.affine, "lizard.sinks", &params),
         };
         Box::new(Layer { linear, beside: None, params })
     }

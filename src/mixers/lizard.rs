@@ -36,6 +36,8 @@ pub struct Config {
     pub sinks: usize,
     /// Start of the window factor before the sigmoid (-2.197 is sigmoid 0.1).
     pub window_factor: f64,
+    /// The linear part weighs 1 - sigmoid(window factor) instead of 1.
+    pub affine: bool,
     /// Features of rotated queries and keys, never negative.
     pub feature_map: FeatureMap,
     /// Columns of each feature-map weight; 0 takes `min(64, head_dim)`. Two-sided maps give twice as many features.
@@ -52,6 +54,7 @@ impl Default for Config {
             window: 128,
             sinks: 4,
             window_factor: -2.197_224_577_336_219_6,
+            affine: false,
             feature_map: FeatureMap::SoftmaxDim,
             feature_dim: 0,
             tie_qk: false,
@@ -65,7 +68,7 @@ fn variants() -> Vec<Box<dyn Design>> {
     let gate = |gate: Gate| Config { gate, ..base.clone() };
     let list = [
         base.clone(),
-        gate(Gate::of(GateKind::ScalarHead)),
+        Config { affine: true, ..gate(Gate::of(GateKind::ScalarHead)) },
         gate(Gate::of(GateKind::Mamba2)),
         Config { feature_dim: 4, ..gate(Gate { normaliser: 16.0, ..Gate::of(GateKind::LowRank) }) },
         Config {
@@ -120,7 +123,7 @@ impl Design for Config {
         let linear = Lizard {
             maps: form.build(a, &params),
             decays: self.gate.build(a, layer, form.width(), &params),
-            shared: Shared::build(self.window, SINKS, &params),
+            shared: Shared::build(self.window, self.affine, SINKS, &params),
         };
         Box::new(Layer { linear, beside: None, params })
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! a_ij = σ(f) exp(s_ij - c_i)             i - w < j <= i, s rotated scores, c_i their largest, sinks included
 //! a_in = σ(f) exp(t_n - c_i)              sinks: in the denominator only
-//! a_ij = exp(G_i - G_j) φq_i·φk_j         j <= i - w
+//! a_ij = λ exp(G_i - G_j) φq_i·φk_j       j <= i - w; λ = 1, or 1 - σ(f) where `affine`
 //! y_i  = Σ a v / (Σ a + Σ sinks)
 //! ```
 //!
@@ -22,6 +22,8 @@ use crate::params::{Init, Param};
 pub struct Shared {
     /// Keys, self included; 0 leaves the linear branch alone.
     pub size: usize,
+    /// λ = 1 - σ(f) instead of 1.
+    affine: bool,
     /// Window factors before the sigmoid, [1, H, 1, 1].
     factors: Option<Param>,
     /// Sink logits `[m]`, the same for all heads.
@@ -54,9 +56,9 @@ impl Shared {
         specs
     }
 
-    pub fn build(size: usize, sink_name: &str, params: &[Param]) -> Shared {
+    pub fn build(size: usize, affine: bool, sink_name: &str, params: &[Param]) -> Shared {
         let find = |name: &str| params.iter().find(|p| p.name.ends_with(name)).cloned();
-        Shared { size, factors: find(FACTORS), sinks: find(sink_name) }
+        Shared { size, affine, factors: find(FACTORS), sinks: find(sink_name) }
     }
 
     /// Both branches, or the window's share alone: [B, T, H, V].
@@ -88,13 +90,18 @@ impl Shared {
             None => Tensor::ones((1, 1, x.heads, 1), top.dtype(), top.device())?,
         };
         let mass = (wide_of(&window.mass)?.unsqueeze(3)? * (own - &top)?.exp()?)?.broadcast_mul(&sigma)?;
-        let mut den = (&mass + wide_of(&count)?)?;
+        let (mut sum, mut count) = (wide_of(&sum)?, wide_of(&count)?);
+        if self.affine {
+            let lambda = (1.0 - &sigma)?;
+            (sum, count) = (sum.broadcast_mul(&lambda)?, count.broadcast_mul(&lambda)?);
+        }
+        let mut den = (&mass + count)?;
         if let Some(sunk) = sunk {
             den = (den + sunk.broadcast_mul(&sigma)?)?;
         }
         let mut num = wide_of(&window.y)?.broadcast_mul(&mass)?;
         if !window_only {
-            num = (num + wide_of(&sum)?)?;
+            num = (num + sum)?;
         }
         num.broadcast_div(&den)?.to_dtype(window.y.dtype())
     }
