@@ -190,6 +190,12 @@ fn recipes_that_do_not_fit_are_refused() {
     stage(&mut recipe, "recover").lora.targets = vec!["q_proj".into(), "qproj".into()];
     let error = planned(&headers, recipe).unwrap_err();
     assert!(error.kind == Kind::Recipe && error.message.contains("`qproj`"), "{error}");
+
+    // Weights that do not sum to 1 cannot be compared with the teacher's.
+    let mut recipe = Recipe { mixer: margay::recipe::Mixer::Delta(Default::default()), ..Recipe::default() };
+    stage(&mut recipe, "transfer").loss.attention_ce = 1.0;
+    let error = planned(&headers, recipe).unwrap_err();
+    assert!(error.kind == Kind::Recipe && error.message.contains("`stage.transfer.loss.attention_ce`"), "{error}");
 }
 
 #[test]

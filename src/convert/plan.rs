@@ -159,6 +159,12 @@ impl Plan {
             if let Some((key, text)) = stage.problems().into_iter().next() {
                 return Err(refuse(format!("`stage.{name}.{key}` {text}")));
             }
+            if stage.loss.attention_ce > 0.0 && !design.convex() {
+                let mixer = design.name();
+                let text = "compares attention weights with the teacher's, which sum to 1";
+                let why = format!("those of this `{mixer}` do not: its rows are not divided by their sum");
+                return Err(refuse(format!("`stage.{name}.loss.attention_ce` {text}; {why}")));
+            }
         }
 
         let chosen = recipe.layers.best().map(|best| best.kept(a.layers).map_err(refuse)).transpose()?;

@@ -89,12 +89,15 @@ impl Pass<'_> {
         sum.broadcast_div(&wide_of(&count)?.maximum(least)?.to_dtype(sum.dtype())?)
     }
 
-    /// `Σ a_ij v_j` [B, T, H, V] and `Σ a_ij` [B, T, H, 1], a_ij = e^{G_i - G_j} q_i·k_j.
+    /// `Σ a_ij v_j` [B, T, H, V] and `Σ a_ij` [B, T, H, 1], a_ij = e^{G_i - G_j} q_i·k_j. The count is one more column of
+    /// the values; on a GPU, whose kernels are made for whole heads, it is a state of its own, `z`.
     pub fn counted(&mut self, name: &'static str, [q, k, v]: [&Tensor; 3], gates: &Tensor) -> Result<(Tensor, Tensor)> {
         let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
-        let width = v.dim(3)?;
-        let v = Tensor::cat(&[v, &v.narrow(3, 0, 1)?.ones_like()?], 3)?;
-        let y = self.gated(name, op, [q, k, &v], gates)?;
+        let (width, one) = (v.dim(3)?, v.narrow(3, 0, 1)?.ones_like()?);
+        if v.device().is_cuda() {
+            return Ok((self.gated(name, op, [q, k, v], gates)?, self.gated("z", op, [q, k, &one], gates)?));
+        }
+        let y = self.gated(name, op, [q, k, &Tensor::cat(&[v, &one], 3)?], gates)?;
         Ok((y.narrow(3, 0, width)?, y.narrow(3, width, 1)?))
     }
 
