@@ -187,6 +187,7 @@ impl Job {
                 until: self.until.then(|| Until::from("transfer")),
                 restart: self.restart,
                 tensorboard: None,
+                timed: false,
             };
             convert(&options, progress)
         };
