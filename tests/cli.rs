@@ -161,7 +161,7 @@ fn comparing_recipes() {
     let drawn = fs::read_to_string(out.join("compare.svg")).unwrap();
     assert!(drawn.contains("gated: ") && drawn.contains("Share of the linear branch"), "{drawn}");
     // A folder that is there is not written into.
-    assert_snapshot!("compare-taken", shown(&args[0], dir.path()));
+    assert_snapshot!("compare-taken", shown(args[0], dir.path()));
 }
 
 #[test]

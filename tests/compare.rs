@@ -168,7 +168,7 @@ fn what_cannot_be_compared_is_refused() {
     let home = Home::tiny();
     let sets = sets(&home);
     let refused = |files: &[(&str, &str)], kind: Kind, words: &[&str]| {
-        let error = run(&home, files, &sets, &Silent).err().expect("it is refused");
+        let error = run(&home, files, &sets, &Silent).expect_err("it is refused");
         assert_eq!(error.kind, kind, "{error}");
         let text = format!("{error} {}", error.hint.clone().unwrap_or_default());
         words.iter().for_each(|word| assert!(text.contains(word), "`{word}` in: {text}"));
@@ -177,6 +177,8 @@ fn what_cannot_be_compared_is_refused() {
     refused(&[("window", WINDOW), ("whole", whole)], Kind::Recipe, &["whole.toml", "layer by layer", "output_mse"]);
     refused(&[("window", WINDOW), ("window", WINDOW)], Kind::Usage, &["two of the recipes are called `window`"]);
     refused(&[], Kind::Usage, &["no recipe"]);
+    let textless = run(&home, &[("window", WINDOW)], &sets[1..], &Silent).unwrap_err();
+    assert!(textless.message.contains("names no text"), "{textless}");
     let wide = "extends = \"llama/lolcats\"\nlayers = [0, 9]";
     refused(&[("window", WINDOW), ("wide", wide)], Kind::Recipe, &["wide.toml"]);
 }

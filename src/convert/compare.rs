@@ -18,15 +18,16 @@ use super::swap::swap;
 use super::texts::Texts;
 use super::trained::prepare;
 use super::transfer::{Meeting, Part, Student, Transfer};
-use super::{Training, base_name};
+use super::{Training, base_name, require_text};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::evaluate::diagnose::linear_share;
 use crate::evaluate::{Subject, quality};
 use crate::model::Net;
+use crate::ops::loss::mse;
 use crate::plot::{Figure, Lines, Scale, Series};
 use crate::progress::{Progress, stop_requested};
-use crate::recipe::{Loaded, Recipe};
+use crate::recipe::{self, Loaded, Recipe};
 use crate::train::clock::Spent;
 use crate::train::{Outcome, mean};
 
@@ -43,6 +44,9 @@ pub struct Options {
 
 /// Contexts at which states are sized, in tokens.
 pub const CONTEXTS: [usize; 2] = [1024, 32_768];
+
+/// Tokens of the sequence that shares are measured on, at most: its weights are T x T.
+const LOOK: usize = 256;
 
 /// What came of it.
 #[derive(Debug, Clone, Serialize)]
@@ -120,6 +124,7 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
     warnings.iter().for_each(|warning| progress.warn(warning));
 
     let lead = &recipes[0];
+    require_text(&lead.loaded)?;
     let shared = lead.stage();
     let tokenizer = Tokenizer::open(model.checkpoint.dir())?;
     tokenizer.check_vocab(a.vocab)?;
@@ -146,7 +151,8 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
     let valid = texts.valid(&stage, shared.seq_len)?;
     let micro_batch = plan::micro_batch(shared.batch, shared.micro_batch, shared.seq_len, device.into());
     let watched = Transfer::new(&decoder, &teacher, &students, micro_batch, seed);
-    let before = watched.means(&valid, |part, meeting| figures(&watched, part, meeting))?;
+    let measure = |part: &Part, meeting: &Meeting| figures(&watched, &students[part.student].stage.loss, part, meeting);
+    let before = watched.means(&valid, measure)?;
 
     let learning: Vec<usize> = (0..plans.len()).filter(|n| plans[*n].stage(&stage).is_some()).collect();
     let mut outcome = Outcome::default();
@@ -158,15 +164,21 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
         outcome = training.run(&mut task, &texts, None, progress)?;
     }
 
-    let after = watched.means(&valid, |part, meeting| figures(&watched, part, meeting))?;
-    let shares = watched.means(&valid.clone().limit(1), |part, meeting| {
+    let after = watched.means(&valid, measure)?;
+    let look = texts.valid(&stage, shared.seq_len.min(LOOK))?.limit(1);
+    let shares = watched.means(&look, |part, meeting| {
         let (mixer, own) = watched.sees(part, meeting, None)?;
         let (_, weights) = mixer.parallel(own.as_ref().unwrap_or(meeting.heads))?;
         Ok(Tensor::new(&[mean(&linear_share(&weights)?)], &Device::Cpu)?)
     })?;
     let rows = texts.main.valid(shared.seq_len)?.limit(lead.loaded.recipe.verify.tokens);
-    let perplexity =
-        |net| Ok::<_, Error>(quality(Subject { decoder: &decoder, net }, None, &rows, progress)?.perplexity);
+    let perplexity = |name: &str, net| {
+        let found = quality(Subject { decoder: &decoder, net }, None, &rows, progress);
+        let found = found.map_err(|e| if e.kind == Kind::Interrupted { stopped() } else { e })?.perplexity;
+        progress.say(&format!("{name}: perplexity {found:.4}"));
+        Ok::<_, Error>(found)
+    };
+    let teacher_perplexity = perplexity("teacher", &teacher)?;
 
     let mut variants = Vec::with_capacity(plans.len());
     for (n, ((framed, plan), net)) in recipes.iter().zip(&plans).zip(&nets).enumerate() {
@@ -193,7 +205,7 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
             state_bytes: CONTEXTS.map(|context| plan.state_bytes(a, context)),
             seconds: place.map_or(0.0, |place| outcome.spent.own(place)),
             tokens_per_second: place.map(|place| outcome.tokens as f64 / outcome.spent.alone(place).max(1e-9)),
-            perplexity: perplexity(net)?,
+            perplexity: perplexity(&framed.name, net)?,
             recipe: framed.loaded.recipe.clone(),
         });
     }
@@ -206,27 +218,32 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
         steps: outcome.steps,
         seq_len: shared.seq_len,
         batch: shared.batch,
-        teacher_perplexity: perplexity(&teacher)?,
+        teacher_perplexity,
         variants,
         spent: outcome.spent,
         seconds: started.elapsed().as_secs_f64(),
     })
 }
 
-/// Loss of a part, mean square of its error and of the teacher's output: [3].
-fn figures(walk: &Transfer, part: &Part, meeting: &Meeting) -> Result<Tensor> {
+/// Loss of a part by these weights, mean square of its error and of the teacher's output: [3].
+fn figures(walk: &Transfer, weights: &recipe::Loss, part: &Part, meeting: &Meeting) -> Result<Tensor> {
     if stop_requested() {
-        return Err(
-            Error::new(Kind::Interrupted, "stopped while layers were compared").hint("the same command begins anew")
-        );
+        return Err(stopped());
     }
-    let (mixer, own) = walk.sees(part, meeting, None)?;
-    let (y, target) = (mixer.forward(own.as_ref().unwrap_or(meeting.heads))?, meeting.target);
-    let size = |x: &Tensor| x.sqr()?.mean_all();
-    let target = target.to_dtype(DType::F32)?;
     let loss = walk.loss(part, meeting, None)?;
-    let error = size(&(y.to_dtype(DType::F32)? - &target)?)?;
-    Ok(Tensor::stack(&[loss, error, size(&target)?], 0)?)
+    let error = match weights.output_alone() {
+        true => (&loss / weights.output_mse)?,
+        false => {
+            let (mixer, own) = walk.sees(part, meeting, None)?;
+            mse(&mixer.forward(own.as_ref().unwrap_or(meeting.heads))?, meeting.target, 1.0)?
+        }
+    };
+    let size = meeting.target.to_dtype(DType::F32)?.sqr()?.mean_all()?;
+    Ok(Tensor::stack(&[loss, error, size], 0)?)
+}
+
+fn stopped() -> Error {
+    Error::new(Kind::Interrupted, "stopped while the variants were measured").hint("the same command begins anew")
 }
 
 /// The stage of all variants that train: the steps of one, the memory of all. `None` where none trains.

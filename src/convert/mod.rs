@@ -104,9 +104,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         return Err(Error::new(Kind::Usage, format!("there is no stage `{name}` to stop after"))
             .hint(format!("stages of `{}`: plan, swap, {known}, merge, export", options.recipe.origin)));
     }
-    if options.recipe.recipe.data.sources.is_empty() && options.until != Some(Until::Plan) {
-        return Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", options.recipe.origin))
-            .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"));
+    if options.until != Some(Until::Plan) {
+        require_text(&options.recipe)?;
     }
     let model = Model::open(&options.model, progress)?;
     let recipe = &options.recipe.recipe.within(model.architecture().max_positions);
@@ -298,6 +297,15 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     manifest.write(&dir)?;
     run.finish()?;
     Ok(Converted { plan, report: Some(report), seconds: started.elapsed().as_secs_f64() })
+}
+
+/// Fails where a recipe names no text.
+fn require_text(loaded: &Loaded) -> Result<()> {
+    if !loaded.recipe.data.sources.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", loaded.origin))
+        .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"))
 }
 
 /// One stage to train.

@@ -165,7 +165,7 @@ impl<'a> Transfer<'a> {
         let (block, weights, adapters) = (self.decoder.block(layer), &stage.loss, net.adapters.as_ref());
         let (mixer, own) = self.sees(part, meeting, noise)?;
         let (heads, target) = (own.as_ref().unwrap_or(meeting.heads), meeting.target);
-        if weights.attention_ce == 0.0 && !weights.hidden() {
+        if weights.output_alone() {
             return mixer.output_mse(heads, target, weights.output_mse);
         }
         let mut terms = Vec::new();
