@@ -484,7 +484,7 @@ fn conversion_and_verification() {
         [&[&export[..]], &suites[..], &["--data", "fixtures/llama-tiny/valid.jsonl", "--teacher", FIXTURE]].concat();
     let html = page(&more, &own);
     assert_eq!(anchors(&html)[2..4], ["recall", "position"]);
-    assert_eq!(html.matches("<svg ").count(), 6 + 8 + 1);
+    assert_eq!(html.matches("<svg ").count(), 12 + 8 + 1);
     in_a_browser(&own, &html);
 
     let weights = out.join("model.safetensors");

@@ -46,7 +46,7 @@ pub struct Options {
 pub const CONTEXTS: [usize; 2] = [1024, 32_768];
 
 /// Tokens of the sequence that shares are measured on, at most: its weights are T x T.
-const LOOK: usize = 256;
+const LOOK: usize = 512;
 
 /// What came of it.
 #[derive(Debug, Clone, Serialize)]
