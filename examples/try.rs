@@ -28,6 +28,7 @@ fn main() {
                 until: None,
                 restart: true,
                 tensorboard: None,
+                timed: false,
             };
             let t = std::time::Instant::now();
             match convert::convert(&o, &P) {

@@ -12,7 +12,7 @@
 //! | [`ops`] | the operations under them, each with definition, fast form and gradient |
 //! | [`data`] | text to packed token rows |
 //! | [`train`] | loop, optimiser, schedules, resume |
-//! | [`convert`] | the verbs: load → plan → swap → training stages, layers selected between → merge → export → verify |
+//! | [`convert`] | the verbs: load → plan → swap → training stages, layers selected between → merge → export → verify; recipes compared |
 //! | [`evaluate`] | perplexity, by position too, agreement with the teacher, recall, multiple choice |
 //! | [`report`](mod@report) | a conversion as one page of HTML |
 //! | [`plot`] | line charts and heat maps as SVG |

@@ -76,9 +76,19 @@ fn copy_without(missing: &str) -> TempDir {
 #[test]
 fn help() {
     assert_snapshot!("help", says(&["--help"]));
-    for name in
-        ["convert", "plan", "inspect", "verify", "eval", "report", "generate", "recipe", "doctor", "completions"]
-    {
+    for name in [
+        "convert",
+        "compare",
+        "plan",
+        "inspect",
+        "verify",
+        "eval",
+        "report",
+        "generate",
+        "recipe",
+        "doctor",
+        "completions",
+    ] {
         assert_snapshot!(format!("help-{name}"), says(&[name, "--help"]));
     }
     for name in ["list", "show", "copy", "check", "schema"] {
@@ -96,6 +106,62 @@ fn help_starts_fast() {
     // The fastest of a few, since other work may slow any one of them.
     let fastest = (0..10).map(run).min().unwrap();
     assert!(fastest < Duration::from_millis(20), "{fastest:?}");
+}
+
+#[test]
+fn comparing_recipes() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("gated.toml").display().to_string();
+    fs::write(&file, "extends = \"tiny/lolcats\"\nmixer.kind = \"gla\"\nstage.transfer.lr = 1e-3\n").unwrap();
+    let out = dir.path().join("out").display().to_string();
+    let recipes = format!("tiny/lolcats,{file}");
+    let sets = ["--set", "data.validation_tokens=512", "--set", "verify.tokens=512"];
+    let args = [&["compare", FIXTURE, "--recipes", &recipes, "--tokens", "2048", "--out", &out, "--json"], &sets[..]];
+    let found = json(&args.concat());
+    assert_eq!(
+        keys(&found),
+        [
+            "margay",
+            "model",
+            "device",
+            "data",
+            "tokens",
+            "steps",
+            "seq_len",
+            "batch",
+            "teacher_perplexity",
+            "variants",
+            "spent",
+            "seconds"
+        ]
+    );
+    let [first, gated] = &found["variants"].as_array().unwrap()[..] else { panic!("two variants") };
+    assert_eq!((&first["name"], &gated["name"]), (&"tiny/lolcats".into(), &"gated".into()));
+    assert_eq!(
+        keys(gated),
+        [
+            "name",
+            "mixer",
+            "trainable",
+            "loss",
+            "relative_error",
+            "linear_share",
+            "layers",
+            "state_bytes",
+            "seconds",
+            "tokens_per_second",
+            "perplexity",
+            "recipe"
+        ]
+    );
+    assert_eq!(keys(&gated["layers"][0]), ["layer", "loss", "relative_error", "linear_share"]);
+    let out = dir.path().join("out");
+    let written: Value = serde_json::from_slice(&fs::read(out.join("compare.json")).unwrap()).unwrap();
+    assert_eq!(written, found);
+    let drawn = fs::read_to_string(out.join("compare.svg")).unwrap();
+    assert!(drawn.contains("gated: ") && drawn.contains("Share of the linear branch"), "{drawn}");
+    // A folder that is there is not written into.
+    assert_snapshot!("compare-taken", shown(args[0], dir.path()));
 }
 
 #[test]
@@ -418,7 +484,7 @@ fn conversion_and_verification() {
         [&[&export[..]], &suites[..], &["--data", "fixtures/llama-tiny/valid.jsonl", "--teacher", FIXTURE]].concat();
     let html = page(&more, &own);
     assert_eq!(anchors(&html)[2..4], ["recall", "position"]);
-    assert_eq!(html.matches("<svg ").count(), 6 + 8 + 1);
+    assert_eq!(html.matches("<svg ").count(), 12 + 8 + 1);
     in_a_browser(&own, &html);
 
     let weights = out.join("model.safetensors");

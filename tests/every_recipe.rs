@@ -37,6 +37,7 @@ fn every_recipe_converts_the_fixture() {
             until: None,
             restart: false,
             tensorboard: None,
+            timed: false,
         };
         // The recursion of a backward pass needs a larger stack than a test has.
         let work = || convert(&options, &Silent);

@@ -11,7 +11,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use margay::convert::recover::Recover;
 use margay::convert::swap::swap;
 use margay::convert::trained;
-use margay::convert::transfer::Transfer;
+use margay::convert::transfer::{Student, Transfer};
 use margay::data::Batch;
 use margay::families::Projection;
 use margay::mixers::lolcats::Config;
@@ -19,6 +19,7 @@ use margay::model::{Decoder, Net};
 use margay::params::Param;
 use margay::recipe;
 use margay::train::adamw::AdamW;
+use margay::train::clock::{Clock, Spent};
 use margay::train::{Grads, Task};
 use random::{close, close_slices, flat, randn};
 use serde_json::json;
@@ -106,8 +107,10 @@ fn gradients(task: &mut dyn Task, parts: &[(Batch, f64)], position: u64) -> Resu
     let params = task.params();
     let mut grads = Grads(vec![None; params.len()]);
     let mut losses = Vec::new();
+    let mut clock = Clock::new(Spent::default(), &CPU, false);
     for (batch, share) in parts {
-        losses = task.gradients(batch, position, *share, &mut grads)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        losses =
+            task.gradients(batch, position, *share, &mut grads, &mut clock)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     }
     let named = params.iter().zip(grads.0);
     let all = named.map(|(p, g)| g.ok_or_else(|| format!("`{}` has no gradient", p.name).into()));
@@ -233,7 +236,7 @@ fn transfer_gradients_equal_the_joint_loss() -> Result {
         assert_eq!(stage.problems(), []);
         s.prepare(&stage, 21)?;
         let Setup { decoder, teacher, student, batch } = &s;
-        let mut task = Transfer::new(decoder, teacher, &[student], &stage, 4, 1);
+        let mut task = Transfer::new(decoder, teacher, &[Student { name: "", net: student, stage: &stage }], 4, 1);
         let whole = Batch { inputs: batch.inputs.clone(), targets: batch.targets.clone(), mask: None };
         let (losses, got) = gradients(&mut task, &[(whole, 1.0)], 0)?;
 
@@ -296,20 +299,22 @@ fn students_share_a_walk() -> Result {
     let other = swap(&s.decoder.architecture, &config, &[1, 2], 1, &CPU)?;
     other.mixers.iter().try_for_each(|m| nudge(m.params(), 0.2))?;
     let stage = recipe::Stage::transfer();
-    let run = |students: &[&Net]| -> Result<_> {
-        let mut task = Transfer::new(&s.decoder, &s.teacher, students, &stage, 4, 1);
+    let [first, second] =
+        [("first", &s.student), ("second", &other)].map(|(name, net)| Student { name, net, stage: &stage });
+    let run = |students: &[Student]| -> Result<_> {
+        let mut task = Transfer::new(&s.decoder, &s.teacher, students, 4, 1);
         let (losses, grads) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
         let names: Vec<String> = task.params().into_iter().map(|p| p.name).collect();
         let parts: Vec<String> = (0..losses.len()).map(|part| task.part_name(part)).collect();
         Ok((losses, names.into_iter().zip(grads.iter().map(flat)).collect::<HashMap<_, _>>(), parts))
     };
-    let (together, grads, parts) = run(&[&s.student, &other])?;
-    assert_eq!(parts, ["layer 0 of student 0", "layer 1 of student 1", "layer 2 of student 0", "layer 2 of student 1"]);
-    for (n, student) in [&s.student, &other].into_iter().enumerate() {
+    let (together, grads, parts) = run(&[first, second])?;
+    assert_eq!(parts, ["layer 0 of `first`", "layer 1 of `second`", "layer 2 of `first`", "layer 2 of `second`"]);
+    for (n, student) in [first, second].into_iter().enumerate() {
         let (alone, lone, _) = run(&[student])?;
         assert_eq!(alone, [together[n], together[2 + n]]);
         for (name, gradient) in lone {
-            assert_eq!(grads[&format!("student {n}: {name}")], gradient, "{name}");
+            assert_eq!(grads[&format!("{}: {name}", student.name)], gradient, "{name}");
         }
     }
     Ok(())
@@ -442,7 +447,13 @@ fn accumulation_equals_the_whole_batch() -> Result {
     for (what, stage) in [("transfer", transfer), ("recover", recover)] {
         s.prepare(&stage, 5)?;
         let mut task: Box<dyn Task> = match stage.loss.layer_wise() {
-            true => Box::new(Transfer::new(&s.decoder, &s.teacher, &[&s.student], &stage, 4, 1)),
+            true => Box::new(Transfer::new(
+                &s.decoder,
+                &s.teacher,
+                &[Student { name: "", net: &s.student, stage: &stage }],
+                4,
+                1,
+            )),
             false => Box::new(Recover::new(&s.decoder, &s.teacher, &s.student, &stage, 4, 1)),
         };
         let params = task.params();

@@ -6,12 +6,13 @@ use super::{Bench, Row, Work, forget_peak, peak, time};
 use crate::convert::recover::Recover;
 use crate::convert::swap::swap;
 use crate::convert::trained::prepare;
-use crate::convert::transfer::Transfer;
+use crate::convert::transfer::{Student, Transfer};
 use crate::data::Batch;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Decoder, Net, Steps};
 use crate::recipe::{Recipe, Stage};
 use crate::train::adamw::AdamW;
+use crate::train::clock::{Clock, Spent};
 use crate::train::{Grads, Task};
 
 /// Tokens that fill the state before decoding is timed.
@@ -56,6 +57,7 @@ impl Bench<'_> {
         let mut optimizer = AdamW::new(&params, &Stage::default().optimizer)?;
         let peaks = vec![1.0; params.len()];
         let micro = self.micro_batch.clamp(1, self.batch);
+        let mut clock = Clock::new(Spent::default(), &self.device, false);
         let mut run = || -> Result<()> {
             let mut grads = Grads(vec![None; params.len()]);
             let mut last = None;
@@ -63,7 +65,8 @@ impl Bench<'_> {
             while from < self.batch {
                 let rows = micro.min(self.batch - from);
                 let batch = self.random_batch(rows)?;
-                last = Some(task.gradients(&batch, from as u64, rows as f64 / self.batch as f64, &mut grads)?);
+                let share = rows as f64 / self.batch as f64;
+                last = Some(task.gradients(&batch, from as u64, share, &mut grads, &mut clock)?);
                 from += rows;
             }
             if let Some(i) = grads.0.iter().position(Option::is_none) {
@@ -114,7 +117,8 @@ pub fn transfer(b: &Bench) -> Result<Row> {
     let student = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
     let teacher = Net::teacher(a);
     let stage = Stage::transfer();
-    let mut task = Transfer::new(&decoder, &teacher, &[&student], &stage, b.micro_batch, 0);
+    let alone = Student { name: "", net: &student, stage: &stage };
+    let mut task = Transfer::new(&decoder, &teacher, &[alone], b.micro_batch, 0);
     let work = Work { flops: b.block_flops() * b.tokens(), bytes: 0.0, tokens: b.tokens() };
     b.step("transfer step (stage 1, LoLCATs)", &mut task, stage.lr, work)
 }

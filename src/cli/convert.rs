@@ -6,12 +6,12 @@ use clap::Args;
 use margay::checkpoint::Headers;
 use margay::convert::plan::{Plan, bytes, count, ranges};
 use margay::convert::{self, Options, Until, verify};
-use margay::error::{Error, Kind, Result};
-use margay::progress::{self, Progress, duration};
+use margay::error::Result;
+use margay::progress::{Progress, duration};
 use margay::run_dir::refuse_taken;
 
 use super::output::Output;
-use super::{DeviceArg, RecipeArgs, quoted};
+use super::{DeviceArg, RecipeArgs, quoted, stop_on_ctrl_c};
 
 #[derive(Args)]
 pub struct Convert {
@@ -34,6 +34,9 @@ pub struct Convert {
     /// Write losses, learning rate and tokens/s as TensorBoard event files; a folder for each run
     #[arg(long, value_name = "DIR")]
     tensorboard: Option<PathBuf>,
+    /// On a GPU too, say what a stage's time went to: waits for the device at every span, which costs some speed
+    #[arg(long)]
+    timed: bool,
     /// Print the verification as JSON
     #[arg(long)]
     json: bool,
@@ -64,13 +67,12 @@ impl Convert {
                 bytes(wanted)
             ));
         }
-        stop_on_ctrl_c(out)?;
+        stop_on_ctrl_c(out, "saving and stopping…")?;
 
         let model = self.model.clone();
         let (out_dir, tensorboard) = (self.out.clone(), self.tensorboard.clone());
-        let until_ = until.clone();
-        let options =
-            Options { model, recipe, out: out_dir, device, until: until_, restart: self.restart, tensorboard };
+        let (until_, restart, timed) = (until.clone(), self.restart, self.timed);
+        let options = Options { model, recipe, out: out_dir, device, until: until_, restart, tensorboard, timed };
         let done = convert::convert(&options, out)?;
 
         let (folder, name) = (self.out.display(), quoted(&self.out.to_string_lossy()));
@@ -125,16 +127,4 @@ fn brief(plan: &Plan) -> Vec<String> {
     }
     line("disk", format!("{} for the export, {} while it runs", bytes(plan.disk.export), bytes(plan.disk.run)));
     lines
-}
-
-/// The first Ctrl-C asks the work to save and stop, the second ends the program.
-fn stop_on_ctrl_c(out: &'static Output) -> Result<()> {
-    let handler = move || {
-        if progress::stop_requested() {
-            std::process::exit(130);
-        }
-        progress::request_stop();
-        out.say("saving and stopping… (Ctrl-C again stops at once)");
-    };
-    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Unexpected, format!("cannot listen to Ctrl-C: {e}")))
 }

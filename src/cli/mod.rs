@@ -1,6 +1,7 @@
 //! The command line: what each command takes, and one call into the library for each.
 
 mod bench;
+mod compare;
 mod convert;
 mod doctor;
 mod eval;
@@ -18,6 +19,7 @@ use margay::convert::plan::PlanDevice;
 use margay::data;
 use margay::error::{Error, Kind, Result};
 use margay::ops;
+use margay::progress::{self, Progress};
 use margay::recipe::Recipe;
 
 use output::Output;
@@ -64,6 +66,9 @@ pub enum Command {
     /// Convert a model: load, plan, swap, train by the recipe's stages, merge, export, verify
     #[command(after_help = "The same command continues a run that was stopped. Ctrl-C saves and stops.")]
     Convert(convert::Convert),
+    /// Train the layer-wise first stage of several recipes over one teacher and compare them
+    #[command(after_help = "A comparison that is stopped leaves nothing and does not resume.")]
+    Compare(compare::Compare),
     /// Show all that a conversion would do, without reading a weight
     Plan(plan::Plan),
     /// Show what a model is: layers and their attention, parameters, state against KV cache
@@ -94,6 +99,7 @@ pub enum Command {
 pub fn run(command: &Command, out: &'static Output) -> Result<()> {
     match command {
         Command::Convert(args) => args.run(out),
+        Command::Compare(args) => args.run(out),
         Command::Plan(args) => args.run(out),
         Command::Inspect(args) => args.run(out),
         Command::Verify(args) => args.run(out),
@@ -117,6 +123,13 @@ pub struct RecipeArgs {
     /// A shipped recipe by name (see `margay recipe list`) or a TOML file
     #[arg(long, value_name = "RECIPE")]
     recipe: Option<String>,
+    #[command(flatten)]
+    changes: Changes,
+}
+
+/// What the command line changes in a recipe.
+#[derive(Args)]
+pub struct Changes {
     /// Change a key of the recipe, such as stage.transfer.tokens=20000; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -136,6 +149,13 @@ impl RecipeArgs {
             let error = Error::new(Kind::Usage, format!("`--recipe` is missing for `{model}`"));
             return Err(error.hint(format!("shipped recipes that fit: {}", fitting.join(", "))));
         };
+        self.changes.load(name)
+    }
+}
+
+impl Changes {
+    /// The recipe of this name or file with these changes.
+    fn load(&self, name: &str) -> Result<margay::recipe::Loaded> {
         let mut sets = self.set.clone();
         sets.extend(self.seed.map(|seed| format!("seed={seed}")));
         if !self.data.is_empty() {
@@ -254,6 +274,18 @@ impl SuiteArgs {
     fn settings(&self, longest: usize) -> margay::evaluate::recall::Settings {
         margay::evaluate::recall::Settings { seed: self.seed, samples: self.samples.into(), longest }
     }
+}
+
+/// The first Ctrl-C says `line` and asks the work to stop, the second ends the program.
+fn stop_on_ctrl_c(out: &'static Output, line: &'static str) -> Result<()> {
+    let handler = move || {
+        if progress::stop_requested() {
+            std::process::exit(130);
+        }
+        progress::request_stop();
+        out.say(&format!("{line} (Ctrl-C again stops at once)"));
+    };
+    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Unexpected, format!("cannot listen to Ctrl-C: {e}")))
 }
 
 /// A path or name as a shell takes it.

@@ -2,6 +2,7 @@
 //! Where the recipe asks for it, the layers that stay softmax are selected between the stages.
 
 pub mod card;
+pub mod compare;
 pub mod export;
 pub mod inspect;
 pub mod load;
@@ -40,7 +41,7 @@ use plan::Plan;
 use recover::Recover;
 use select::{Ranking, Selection};
 use texts::Texts;
-use transfer::Transfer;
+use transfer::{Student, Transfer};
 use verify::{Against, Report, Stage};
 
 /// What to convert, how, and where to.
@@ -56,6 +57,8 @@ pub struct Options {
     pub restart: bool,
     /// Write TensorBoard event files here too.
     pub tensorboard: Option<PathBuf>,
+    /// [Time](train::clock) a GPU too.
+    pub timed: bool,
 }
 
 /// What to stop after.
@@ -101,9 +104,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         return Err(Error::new(Kind::Usage, format!("there is no stage `{name}` to stop after"))
             .hint(format!("stages of `{}`: plan, swap, {known}, merge, export", options.recipe.origin)));
     }
-    if options.recipe.recipe.data.sources.is_empty() && options.until != Some(Until::Plan) {
-        return Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", options.recipe.origin))
-            .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"));
+    if options.until != Some(Until::Plan) {
+        require_text(&options.recipe)?;
     }
     let model = Model::open(&options.model, progress)?;
     let recipe = &options.recipe.recipe.within(model.architecture().max_positions);
@@ -201,10 +203,14 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
             trained::prepare(&mut student, stage, model.architecture(), seed, device)?;
             let micro_batch = planned.micro_batch;
             let mut task: Box<dyn Task> = match stage.loss.layer_wise() {
-                true => Box::new(Transfer::new(&decoder, &teacher, &[&student], stage, micro_batch, seed)),
+                true => {
+                    let alone = Student { name, net: &student, stage };
+                    Box::new(Transfer::new(&decoder, &teacher, &[alone], micro_batch, seed))
+                }
                 false => Box::new(Recover::new(&decoder, &teacher, &student, stage, micro_batch, seed)),
             };
-            outcomes.push((*name, train_stage(task.as_mut(), planned, stage, seed, &texts, &mut run, progress)?));
+            let training = Training { planned, groups: &[stage], seed, timed: options.timed };
+            outcomes.push((*name, training.run(task.as_mut(), &texts, Some(&run), progress)?));
             drop(task);
             stages.push(measure(name, &decoder, &student, Some(&teacher), &valid, &mut run, progress)?);
         }
@@ -293,38 +299,50 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     Ok(Converted { plan, report: Some(report), seconds: started.elapsed().as_secs_f64() })
 }
 
-/// Trains one stage on its text.
-fn train_stage(
-    task: &mut dyn Task,
-    planned: &plan::Stage,
-    stage: &recipe::Stage,
-    seed: u64,
-    texts: &Texts,
-    run: &mut RunDir,
-    progress: &dyn Progress,
-) -> Result<Outcome> {
-    let (name, seq_len) = (planned.name.as_str(), stage.seq_len);
-    let (data, corpus) = texts.of(name);
-    let train = corpus.train(seq_len)?;
-    train.require(planned.batch)?;
-    let valid = corpus.valid(seq_len)?.limit(data.validation_tokens);
-    if valid.is_empty() {
-        let message = format!("no validation sequence of `stage.{name}.seq_len` = {seq_len} has a token that counts");
-        return Err(Error::new(Kind::Data, message).hint("give more text, or raise `data.validation`"));
+/// Fails where a recipe names no text.
+fn require_text(loaded: &Loaded) -> Result<()> {
+    if !loaded.recipe.data.sources.is_empty() {
+        return Ok(());
     }
-    let settings = Settings {
-        stage: name,
-        steps: planned.steps,
-        batch: planned.batch,
-        micro_batch: planned.micro_batch,
-        memory: planned.memory.total,
-        optimizer: &stage.optimizer,
-        schedule: &stage.schedule,
-        eval_every: stage.eval_every,
-        lr: stage.lr,
-        seed,
-    };
-    train::run(task, &settings, &train, &valid, run, progress)
+    Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", loaded.origin))
+        .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"))
+}
+
+/// One stage to train.
+struct Training<'a> {
+    planned: &'a plan::Stage,
+    /// One for each [group](train::Task::group); what they share is read of the first.
+    groups: &'a [&'a recipe::Stage],
+    seed: u64,
+    timed: bool,
+}
+
+impl Training<'_> {
+    /// Trains on the text of the stage.
+    fn run(
+        &self,
+        task: &mut dyn Task,
+        texts: &Texts,
+        run: Option<&RunDir>,
+        progress: &dyn Progress,
+    ) -> Result<Outcome> {
+        let planned = self.planned;
+        let train = texts.of(&planned.name).1.train(planned.seq_len)?;
+        train.require(planned.batch)?;
+        let valid = texts.valid(&planned.name, planned.seq_len)?;
+        let settings = Settings {
+            stage: &planned.name,
+            steps: planned.steps,
+            batch: planned.batch,
+            micro_batch: planned.micro_batch,
+            memory: planned.memory.total,
+            groups: self.groups,
+            eval_every: self.groups.first().map_or(usize::MAX, |stage| stage.eval_every),
+            seed: self.seed,
+            timed: self.timed,
+        };
+        train::run(task, &settings, &train, &valid, run, progress)
+    }
 }
 
 /// Quality of one form of the model; measured once per run, remembered over restarts.

@@ -246,6 +246,14 @@ impl Plan {
         Some(format!("softmax stays in {count} of {} layers, {cache} of cache per token{when}", self.model.layers))
     }
 
+    /// Bytes of one sequence's state after `context` tokens, all layers.
+    pub fn state_bytes(&self, a: &Architecture, context: usize) -> usize {
+        let Layers { kept, chosen, cache_per_token, .. } = &self.layers;
+        let converted = a.layers - chosen.unwrap_or(kept.len());
+        let linear = self.recipe.mixer.design().state_bytes(a, context, self.device.element() as usize);
+        converted * linear + cache_per_token * context
+    }
+
     /// A training stage by its name in the recipe, where it runs.
     pub fn stage(&self, name: &str) -> Option<&Stage> {
         self.stages.iter().find(|s| s.name == name)

@@ -13,6 +13,7 @@ use crate::model::{Decoder, Net};
 use crate::ops::head_loss::{Sums, Target, head_loss, measure};
 use crate::params::Param;
 use crate::recipe;
+use crate::train::clock::{Clock, Span};
 use crate::train::{Grads, Task, noise};
 
 pub struct Recover<'a> {
@@ -63,13 +64,23 @@ impl Task for Recover<'_> {
         self.trained[param].peak
     }
 
-    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
+    fn gradients(
+        &mut self,
+        batch: &Batch,
+        position: u64,
+        share: f64,
+        grads: &mut Grads,
+        clock: &mut Clock,
+    ) -> Result<Tensor> {
         let (decoder, student) = (self.decoder, self.student);
         let lora = student.adapters.as_ref();
         let noise = Some(noise(self.seed, position));
         let ids = &batch.inputs;
         let tables = decoder.tables(0, ids.dim(1)?)?;
         let teacher = self.teacher_hidden(ids)?;
+        if teacher.is_some() {
+            clock.lap(Span::Teacher)?;
+        }
 
         let layers = student.mixers.len();
         let mut inputs = vec![decoder.embed(ids)?]; // of every block, and the last output: [B, T, N]
@@ -104,6 +115,7 @@ impl Task for Recover<'_> {
             }
             inputs.truncate(layer + 1);
         }
+        clock.lap(Span::Student(0))?;
         Ok(value)
     }
 

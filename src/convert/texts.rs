@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use super::{base_name, cache_dir};
-use crate::data::{Corpus, Tokenizer};
-use crate::error::Result;
+use crate::data::{Corpus, Split, Tokenizer};
+use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::recipe::{Data, Recipe, Stage};
 
@@ -41,6 +41,18 @@ impl<'a> Texts<'a> {
     /// What a stage trains on, and how it is read.
     pub fn of(&self, stage: &str) -> (&Data, &Corpus) {
         self.own.get(stage).map_or((self.data, &self.main), |(data, corpus)| (*data, corpus))
+    }
+
+    /// What a stage is validated on, in sequences of `seq_len`.
+    pub fn valid(&self, stage: &str, seq_len: usize) -> Result<Split> {
+        let (data, corpus) = self.of(stage);
+        let valid = corpus.valid(seq_len)?.limit(data.validation_tokens);
+        if valid.is_empty() {
+            let message =
+                format!("no validation sequence of `stage.{stage}.seq_len` = {seq_len} has a token that counts");
+            return Err(Error::new(Kind::Data, message).hint("give more text, or raise `data.validation`"));
+        }
+        Ok(valid)
     }
 
     /// Identifies rows and split of all texts.

@@ -6,8 +6,8 @@
 //! student whose projections are as the teacher's takes its queries, keys and values from the teacher; one that changes
 //! them computes its own.
 //!
-//! Several students may share one walk of the teacher: each learns as it would alone, but for clipping and the plateau
-//! schedule, which see all of them.
+//! Several students may share one walk of the teacher, each with a stage of its own: they are groups of the training
+//! loop, and each learns as it would alone.
 
 use candle_core::{DType, Result as TensorResult, Tensor};
 
@@ -15,18 +15,30 @@ use super::trained::{Trained, trained};
 use crate::data::{Batch, Split};
 use crate::error::Result;
 use crate::families::Projection;
-use crate::mixers::Heads;
+use crate::mixers::{Heads, Mixer};
 use crate::model::{Decoder, Net, Tables};
 use crate::ops::loss::{l2, mse};
-use crate::params::Param;
+use crate::params::{Adapters, Param};
 use crate::recipe;
+use crate::train::clock::{Clock, Span};
 use crate::train::{Grads, Task, noise};
+
+/// What a student that sees other queries, keys and values than the teacher has changed.
+const QKV: [Projection; 3] = [Projection::Q, Projection::K, Projection::V];
+
+/// A student, [prepared](super::trained::prepare) for its stage.
+#[derive(Clone, Copy)]
+pub struct Student<'a> {
+    /// Where there are several, this is said of what belongs to it.
+    pub name: &'a str,
+    pub net: &'a Net,
+    pub stage: &'a recipe::Stage,
+}
 
 pub struct Transfer<'a> {
     decoder: &'a Decoder,
     teacher: &'a Net,
-    students: Vec<&'a Net>,
-    stage: &'a recipe::Stage,
+    students: Vec<Student<'a>>,
     micro_batch: usize,
     seed: u64,
     /// The parts of the loss, in the order of the walk.
@@ -35,9 +47,9 @@ pub struct Transfer<'a> {
 }
 
 /// One converted layer of one student.
-struct Part {
-    student: usize,
-    layer: usize,
+pub struct Part {
+    pub student: usize,
+    pub layer: usize,
     /// Weight of the part in the loss: a student's loss is the mean over its layers.
     share: f64,
     /// Slots of what trains there.
@@ -45,29 +57,27 @@ struct Part {
 }
 
 /// What a converted layer meets: the stream and the teacher's attention of it.
-struct Meeting<'a> {
+pub(super) struct Meeting<'a> {
     /// [B, T, N]
     x: &'a Tensor,
     tables: &'a Tables,
     /// The teacher's queries, keys and values.
-    heads: &'a Heads<'a>,
+    pub heads: &'a Heads<'a>,
     /// The teacher's output [B, T, H, D].
-    target: &'a Tensor,
+    pub target: &'a Tensor,
 }
 
 impl<'a> Transfer<'a> {
-    /// `students` were [prepared](super::trained::prepare) for `stage`; where there are several, what belongs to one has
-    /// its number in its name. `seed` seeds dropout.
+    /// `seed` seeds dropout.
     pub fn new(
         decoder: &'a Decoder,
         teacher: &'a Net,
-        students: &[&'a Net],
-        stage: &'a recipe::Stage,
+        students: &[Student<'a>],
         micro_batch: usize,
         seed: u64,
     ) -> Self {
-        let converted: Vec<Vec<usize>> = students.iter().map(|s| s.converted()).collect();
-        let mut waiting: Vec<Vec<Trained>> = students.iter().map(|s| trained(s, stage)).collect();
+        let converted: Vec<Vec<usize>> = students.iter().map(|s| s.net.converted()).collect();
+        let mut waiting: Vec<Vec<Trained>> = students.iter().map(|s| trained(s.net, s.stage)).collect();
         let (mut parts, mut all) = (Vec::new(), Vec::new());
         for layer in 0..teacher.mixers.len() {
             for (student, layers) in converted.iter().enumerate().filter(|(_, layers)| layers.contains(&layer)) {
@@ -77,14 +87,19 @@ impl<'a> Transfer<'a> {
                 waiting[student] = later;
                 for mut trained in here {
                     if students.len() > 1 {
-                        trained.param.name = format!("student {student}: {}", trained.param.name);
+                        trained.param.name = format!("{}: {}", students[student].name, trained.param.name);
                     }
                     all.push(trained);
                 }
                 parts.push(Part { student, layer, share: 1.0 / layers.len() as f64, slots: first..all.len() });
             }
         }
-        Transfer { decoder, teacher, students: students.to_vec(), stage, micro_batch, seed, parts, trained: all }
+        Transfer { decoder, teacher, students: students.to_vec(), micro_batch, seed, parts, trained: all }
+    }
+
+    /// The parts of the loss, in the order of its values.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
     }
 
     /// Runs the teacher over `ids` and hands each part what its layer meets.
@@ -107,18 +122,50 @@ impl<'a> Transfer<'a> {
         Ok(())
     }
 
+    /// Means over `rows` of the figures [K] that `look` finds at each part: K for every part.
+    pub(super) fn means(
+        &self,
+        rows: &Split,
+        mut look: impl FnMut(&Part, &Meeting) -> Result<Tensor>,
+    ) -> Result<Vec<Vec<f64>>> {
+        let mut total: Option<Tensor> = None;
+        let indices: Vec<usize> = (0..rows.len()).collect();
+        for chunk in indices.chunks(self.micro_batch) {
+            let batch = rows.batch(chunk, &self.decoder.device)?;
+            let share = chunk.len() as f64 / rows.len() as f64;
+            let mut found = Vec::with_capacity(self.parts.len());
+            self.walk(&batch.inputs, |part, meeting| {
+                found.push(look(part, meeting)?.detach());
+                Ok(())
+            })?;
+            let found = (Tensor::stack(&found, 0)?.to_dtype(DType::F64)? * share)?; // [parts, K]
+            total = Some(total.map_or(Ok(found.clone()), |sum| sum + &found)?);
+        }
+        Ok(total.map(|total| total.to_vec2::<f64>()).transpose()?.unwrap_or_default())
+    }
+
+    /// The attention of a part, and the queries, keys and values it sees where they are not the teacher's.
+    pub(super) fn sees<'m>(
+        &self,
+        part: &Part,
+        meeting: &'m Meeting,
+        noise: Option<u64>,
+    ) -> TensorResult<(&'a dyn Mixer, Option<Heads<'m>>)> {
+        let (net, layer) = (self.students[part.student].net, part.layer);
+        let changed = |a: &&Adapters| QKV.iter().any(|p| a.changes(layer, *p));
+        let adapters = net.adapters.as_ref().filter(changed);
+        let block = self.decoder.block(layer);
+        let own = adapters.map(|a| block.heads(meeting.x, meeting.tables, Some(a), noise)).transpose()?;
+        Ok((net.mixers[layer].as_ref(), own))
+    }
+
     /// Loss of one part.
-    fn loss(&self, part: &Part, meeting: &Meeting, noise: Option<u64>) -> TensorResult<Tensor> {
-        let (student, weights, layer) = (self.students[part.student], &self.stage.loss, part.layer);
-        let (block, mixer) = (self.decoder.block(layer), &student.mixers[layer]);
-        let adapters = student.adapters.as_ref();
-        let changed = |p: &[Projection]| adapters.is_some_and(|a| p.iter().any(|p| a.changes(layer, *p)));
-        let own = match changed(&[Projection::Q, Projection::K, Projection::V]) {
-            true => Some(block.heads(meeting.x, meeting.tables, adapters, noise)?),
-            false => None,
-        };
+    pub(super) fn loss(&self, part: &Part, meeting: &Meeting, noise: Option<u64>) -> TensorResult<Tensor> {
+        let (Student { net, stage, .. }, layer) = (self.students[part.student], part.layer);
+        let (block, weights, adapters) = (self.decoder.block(layer), &stage.loss, net.adapters.as_ref());
+        let (mixer, own) = self.sees(part, meeting, noise)?;
         let (heads, target) = (own.as_ref().unwrap_or(meeting.heads), meeting.target);
-        if weights.attention_ce == 0.0 && !weights.hidden() {
+        if weights.output_alone() {
             return mixer.output_mse(heads, target, weights.output_mse);
         }
         let mut terms = Vec::new();
@@ -158,10 +205,18 @@ impl Task for Transfer<'_> {
         self.trained[param].peak
     }
 
-    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
+    fn gradients(
+        &mut self,
+        batch: &Batch,
+        position: u64,
+        share: f64,
+        grads: &mut Grads,
+        clock: &mut Clock,
+    ) -> Result<Tensor> {
         let mut losses = Vec::with_capacity(self.parts.len());
         let noise = Some(noise(self.seed, position));
         self.walk(&batch.inputs, |part, meeting| {
+            clock.lap(Span::Teacher)?;
             let loss = self.loss(part, meeting, noise)?;
             let store = loss.backward()?;
             for slot in part.slots.clone() {
@@ -170,25 +225,14 @@ impl Task for Transfer<'_> {
                 }
             }
             losses.push(loss.detach());
-            Ok(())
+            Ok(clock.lap(Span::Student(part.student))?)
         })?;
         Ok(Tensor::stack(&losses, 0)?)
     }
 
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>> {
-        let rows: Vec<usize> = (0..valid.len()).collect();
-        let mut total = Tensor::zeros(self.parts.len(), DType::F64, &self.decoder.device)?;
-        for chunk in rows.chunks(self.micro_batch) {
-            let batch = valid.batch(chunk, &self.decoder.device)?;
-            let share = chunk.len() as f64 / rows.len() as f64;
-            let mut losses = Vec::with_capacity(self.parts.len());
-            self.walk(&batch.inputs, |part, meeting| {
-                losses.push(self.loss(part, meeting, None)?.detach());
-                Ok(())
-            })?;
-            total = (total + (Tensor::stack(&losses, 0)?.to_dtype(DType::F64)? * share)?)?;
-        }
-        Ok(total.to_vec1::<f64>()?)
+        let losses = self.means(valid, |part, meeting| Ok(self.loss(part, meeting, None)?.reshape(1)?))?;
+        Ok(losses.concat())
     }
 
     fn part(&self, param: usize) -> usize {
@@ -197,6 +241,13 @@ impl Task for Transfer<'_> {
 
     fn part_name(&self, part: usize) -> String {
         let Part { student, layer, .. } = self.parts[part];
-        if self.students.len() > 1 { format!("layer {layer} of student {student}") } else { format!("layer {layer}") }
+        match self.students.len() {
+            1 => format!("layer {layer}"),
+            _ => format!("layer {layer} of `{}`", self.students[student].name),
+        }
+    }
+
+    fn group(&self, part: usize) -> usize {
+        self.parts[part].student
     }
 }

@@ -149,8 +149,8 @@ fn per_head(x: &Tensor) -> TensorResult<Vec<f64>> {
     x.to_dtype(DType::F64)?.mean((0, 2))?.to_vec1()
 }
 
-/// Share of all weight that is not the window's.
-fn linear_share(weights: &Weights) -> TensorResult<Vec<f64>> {
+/// Share of all weight that is not the window's, by head.
+pub fn linear_share(weights: &Weights) -> TensorResult<Vec<f64>> {
     let mass = |w: &Tensor| w.to_dtype(DType::F64)?.abs()?.sum((0, 2, 3))?.to_vec1::<f64>();
     let all = mass(&weights.all)?;
     let window = match &weights.window {

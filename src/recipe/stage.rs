@@ -307,6 +307,11 @@ impl Loss {
         [self.output_mse, self.attention_ce].iter().any(|w| *w > 0.0) || self.hidden()
     }
 
+    /// Whether `output_mse` is the only layer-wise loss.
+    pub fn output_alone(&self) -> bool {
+        self.output_mse > 0.0 && self.attention_ce == 0.0 && !self.hidden()
+    }
+
     /// Whether a loss is taken after `o_proj`.
     pub fn hidden(&self) -> bool {
         self.hidden_mse > 0.0 || self.hidden_l2 > 0.0

@@ -22,6 +22,7 @@ use crate::evaluate::recall::Suite;
 use crate::plot::{Figure, Heat, Lines, Scale, Series, number};
 use crate::progress::duration;
 use crate::run_dir::{self, Record};
+use crate::train::clock::Spent;
 
 use page::{Page, figures, table, verbatim};
 
@@ -176,9 +177,12 @@ impl Folder {
                 (outcome["steps"].as_u64()?, outcome["tokens"].as_u64()?, outcome["seconds"].as_f64()?);
             let rate = format!("{:.0}", tokens as f64 / seconds.max(1e-9));
             let took = duration(Duration::from_secs_f64(seconds));
-            Some(vec![stage.name.clone(), steps.to_string(), count(tokens), took, rate, mean("first")?, mean("best")?])
+            let spent: Spent = serde_json::from_value(outcome["spent"].clone()).unwrap_or_default();
+            let figures = [count(tokens), took, rate, mean("first")?, mean("best")?, spent.shares()];
+            Some([vec![stage.name.clone(), steps.to_string()], figures.to_vec()].concat())
         };
-        let columns = heads(["stage", "steps", "tokens", "time", "tokens/s", "validation before", "best"]);
+        let columns =
+            heads(["stage", "steps", "tokens", "time", "tokens/s", "validation before", "best", "time went to"]);
         let outcomes = Section { title: "", columns, rows: stages.iter().filter_map(row).collect() };
         let curves: String = stages.iter().map(|stage| figures(&stage.figures())).collect();
         table(&outcomes) + &curves

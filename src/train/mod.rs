@@ -2,8 +2,12 @@
 //!
 //! The step number alone decides the batch, the dropout masks and the learning rate of all schedules but the plateau;
 //! with the saved weights, moments and scheduler a resumed run repeats the bits of an uninterrupted one.
+//!
+//! What trains may fall into groups, such as several students of one teacher: each has its own optimiser, clipping norm
+//! and schedule, and gets what it would get alone.
 
 pub mod adamw;
+pub mod clock;
 pub mod schedule;
 pub mod tensorboard;
 
@@ -12,17 +16,18 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::convert::plan::bytes;
 use crate::data::{Batch, Split};
 use crate::error::{Error, Kind, Result};
 use crate::params::Param;
 use crate::progress::{self, Progress};
-use crate::recipe::{Optimizer, Schedule};
+use crate::recipe;
 use crate::run_dir::RunDir;
 
 use adamw::AdamW;
+use clock::{Clock, Span, Spent};
 use schedule::Rate;
 
 /// What a stage does with a batch.
@@ -33,8 +38,15 @@ pub trait Task {
     fn peak_lr(&self, param: usize) -> f64;
     /// Adds `share` times the gradient of the batch's loss to `grads` (one slot per parameter) and gives the losses of
     /// its parts (layers, or the whole model), `[parts]` in f32, on the device so that nothing waits for it. `position`
-    /// counts the sequences drawn before this batch: what seeds dropout.
-    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Tensor>;
+    /// counts the sequences drawn before this batch: what seeds dropout. `clock` is lapped for teacher and students.
+    fn gradients(
+        &mut self,
+        batch: &Batch,
+        position: u64,
+        share: f64,
+        grads: &mut Grads,
+        clock: &mut Clock,
+    ) -> Result<Tensor>;
     /// Losses of the parts on validation data.
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>>;
     /// The part a parameter belongs to: best weights are kept per part, since parts that share no parameter improve on
@@ -42,6 +54,10 @@ pub trait Task {
     fn part(&self, param: usize) -> usize;
     /// Name of a part in messages and logs.
     fn part_name(&self, part: usize) -> String;
+    /// The group a part belongs to.
+    fn group(&self, _part: usize) -> usize {
+        0
+    }
 }
 
 /// Seed of the dropout masks of a batch behind `position` sequences of a stage.
@@ -74,12 +90,12 @@ pub struct Settings<'a> {
     pub micro_batch: usize,
     /// Bytes of memory the plan expects.
     pub memory: u64,
-    pub optimizer: &'a Optimizer,
-    pub schedule: &'a Schedule,
+    /// For every group of the task the stage whose optimiser, schedule and peak learning rate it has.
+    pub groups: &'a [&'a recipe::Stage],
     pub eval_every: usize,
-    /// Peak learning rate of the stage.
-    pub lr: f64,
     pub seed: u64,
+    /// Whether a GPU is [timed](clock).
+    pub timed: bool,
 }
 
 /// What a stage reached.
@@ -93,74 +109,108 @@ pub struct Outcome {
     pub best_step: Vec<u64>,
     /// Training time over all runs of the stage, seconds.
     pub seconds: f64,
+    /// All time of those runs by what it went to.
+    #[serde(default)]
+    pub spent: Spent,
 }
 
 /// The part of the loop's state that is not a tensor.
 #[derive(Serialize, Deserialize)]
 struct Position {
     outcome: Outcome,
-    rate: Rate,
+    /// Of every group.
+    rates: Vec<Rate>,
+}
+
+/// What is clipped and updated together.
+struct Group {
+    /// Places among the parameters of the task.
+    slots: Vec<usize>,
+    params: Vec<Param>,
+    /// Learning rates at peak.
+    peaks: Vec<f64>,
+    optimizer: AdamW,
+}
+
+impl Group {
+    fn new(task: &dyn Task, params: &[Param], number: usize, stage: &recipe::Stage) -> Result<Self> {
+        let slots: Vec<usize> = (0..params.len()).filter(|slot| task.group(task.part(*slot)) == number).collect();
+        let params: Vec<Param> = slots.iter().map(|slot| params[*slot].clone()).collect();
+        let optimizer = AdamW::new(&params, &stage.optimizer)?;
+        Ok(Group { peaks: slots.iter().map(|slot| task.peak_lr(*slot)).collect(), slots, params, optimizer })
+    }
 }
 
 /// Seconds between saves.
 const SAVE_EVERY: Duration = Duration::from_secs(10);
 
-/// Trains `task` to its last step and leaves the best weights in its parameters.
+/// Trains `task` to its last step and leaves the best weights in its parameters. Without a run folder nothing is logged,
+/// saved or resumed.
 pub fn run(
     task: &mut dyn Task,
     settings: &Settings,
     train: &Split,
     valid: &Split,
-    run_dir: &mut RunDir,
+    run_dir: Option<&RunDir>,
     progress: &dyn Progress,
 ) -> Result<Outcome> {
     let params = task.params();
     let stage = settings.stage;
-    let mut optimizer = AdamW::new(&params, settings.optimizer)?;
-    let peaks: Vec<f64> = (0..params.len()).map(|i| task.peak_lr(i)).collect();
+    let log = |line: Value| run_dir.map_or(Ok(()), |run| run.append_log(&line));
+    let numbered = settings.groups.iter().enumerate();
+    let mut groups = numbered.map(|(n, stage)| Group::new(task, &params, n, stage)).collect::<Result<Vec<_>>>()?;
     let mut best: Vec<Tensor> = params.iter().map(|p| p.var.copy()).collect::<candle_core::Result<_>>()?;
-    let (mut step, mut position) = match run_dir.load_state(stage, progress)? {
+    let mut clock = Clock::new(Spent::default(), params_device(&params), settings.timed);
+    let saved = run_dir.map(|run| run.load_state(stage, progress)).transpose()?.flatten();
+    let (mut step, mut position) = match saved {
         Some(saved) => {
-            let read = |group: &str, i: usize| {
-                let name = format!("{group}.{}", params[i].name);
-                saved.tensors.get(&name).cloned().ok_or_else(|| {
+            let read = |group: &str, param: &Param| {
+                let name = format!("{group}.{}", param.name);
+                let found = saved.tensors.get(&name).ok_or_else(|| {
                     Error::new(Kind::Output, format!("saved state of stage `{stage}` lacks `{name}`"))
                         .hint("start again with --restart")
-                })
+                })?;
+                Ok::<_, Error>(found.to_device(param.var.device())?)
             };
-            for (i, param) in params.iter().enumerate() {
-                let device = param.var.device();
-                param.var.set(&read("param", i)?.to_device(device)?)?;
-                best[i] = read("best", i)?.to_device(device)?;
-                optimizer.restore(i, &read("m", i)?.to_device(device)?, &read("v", i)?.to_device(device)?)?;
+            for (best, param) in best.iter_mut().zip(&params) {
+                param.var.set(&read("param", param)?)?;
+                *best = read("best", param)?;
+            }
+            for group in &mut groups {
+                for (i, param) in group.params.iter().enumerate() {
+                    group.optimizer.restore(i, &read("m", param)?, &read("v", param)?)?;
+                }
+                group.optimizer.steps = saved.step;
             }
             let position: Position = serde_json::from_value(saved.state).map_err(|e| {
                 Error::new(Kind::Output, format!("saved state of stage `{stage}` cannot be read: {e}"))
                     .hint("start again with --restart")
             })?;
-            optimizer.steps = saved.step;
+            clock.spent = position.outcome.spent.clone();
+            clock.lap(Span::Saving)?;
             (saved.step, position)
         }
         None => {
             let first = task.evaluate(valid)?;
             check_finite(task, stage, 0, "validation loss", &first)?;
+            clock.lap(Span::Evaluation)?;
             let parts: Vec<String> = (0..first.len()).map(|part| task.part_name(part)).collect();
-            run_dir.append_log(&json!({"stage": stage, "step": 0, "valid": first, "parts": parts}))?;
+            log(json!({"stage": stage, "step": 0, "valid": first, "parts": parts}))?;
             let outcome = Outcome { best_step: vec![0; first.len()], best: first.clone(), first, ..Outcome::default() };
-            (0, Position { outcome, rate: Rate::new(settings.schedule, settings.steps, settings.lr) })
+            let rate = |stage: &&recipe::Stage| Rate::new(&stage.schedule, settings.steps, stage.lr);
+            (0, Position { outcome, rates: settings.groups.iter().map(rate).collect() })
         }
     };
-
     let tokens = (settings.batch * train.seq_len()) as u64;
     progress.begin(stage, settings.steps * tokens, step * tokens, "tokens");
     let mut saved_at = Instant::now();
     let mut micro_batch = settings.micro_batch;
     while step < settings.steps {
         let started = Instant::now();
-        let rows = train.draw(settings.seed, step * settings.batch as u64, settings.batch);
         let drawn = step * settings.batch as u64;
-        let (losses, grads) = loop {
-            match accumulate(task, &params, train, &rows, drawn, micro_batch) {
+        let rows = train.draw(settings.seed, drawn, settings.batch);
+        let (losses, mut grads) = loop {
+            match accumulate(task, &params, train, &rows, drawn, micro_batch, &mut clock) {
                 Err(e) if e.kind == Kind::Memory && micro_batch > 1 => {
                     micro_batch = micro_batch.div_ceil(2);
                     progress.warn(&format!(
@@ -171,34 +221,45 @@ pub fn run(
                 }
                 Err(e) if e.kind == Kind::Memory => {
                     let message = format!("{} in stage `{stage}`, planned: {}", e.message, bytes(settings.memory));
-                    let hint =
-                        format!("lower `stage.{stage}.seq_len`, or use a device with more memory; progress is saved");
+                    let kept = if run_dir.is_some() { "; progress is saved" } else { "" };
+                    let hint = format!("lower `stage.{stage}.seq_len`, or use a device with more memory{kept}");
                     return Err(Error::new(Kind::Memory, message).hint(hint));
                 }
                 done => break done?,
             }
         };
-        let lr = position.rate.at(step);
-        let update = optimizer.update(&params, &grads.0, lr, &peaks)?;
-        drop(grads);
-        // The one place of a step that waits for the device.
+        let mut updates = Vec::with_capacity(groups.len());
+        let mut rates = Vec::with_capacity(groups.len());
+        for (n, group) in groups.iter_mut().enumerate() {
+            let lr = position.rates[n].at(step);
+            let own: Vec<_> = group.slots.iter().map(|slot| grads.0[*slot].take()).collect();
+            updates.push(group.optimizer.update(&group.params, &own, lr, &group.peaks)?);
+            rates.push(lr * settings.groups[n].lr);
+            clock.lap(Span::Optimizer(n))?;
+        }
+        // With the update the one place of a step that waits for the device.
         let losses = losses.to_vec1::<f64>()?;
         step += 1;
         check_finite(task, stage, step, "loss", &losses)?;
-        update.check(&params, stage, step)?;
+        for (group, update) in groups.iter().zip(&updates) {
+            update.check(&group.params, stage, step)?;
+        }
         position.outcome.seconds += started.elapsed().as_secs_f64();
         position.outcome.steps = step;
         position.outcome.tokens = step * tokens;
-        let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
-        run_dir.append_log(
-            &json!({"stage": stage, "step": step, "loss": loss, "losses": losses, "lr": lr * settings.lr, "grad_norm": update.gradient_norm(), "tokens": position.outcome.tokens}),
-        )?;
+        let loss = mean(&losses);
+        let norms = updates.iter().map(|update| update.gradient_norm()).collect();
+        log(json!({
+            "stage": stage, "step": step, "loss": loss, "losses": losses, "lr": one_or_all(rates),
+            "grad_norm": one_or_all(norms), "tokens": position.outcome.tokens,
+        }))?;
         progress.advance(tokens, &format!("loss {loss:.4}"));
+        clock.lap(Span::Saving)?;
 
         if step.is_multiple_of(settings.eval_every.max(1) as u64) || step == settings.steps {
             let valid = task.evaluate(valid)?;
             check_finite(task, stage, step, "validation loss", &valid)?;
-            run_dir.append_log(&json!({"stage": stage, "step": step, "valid": valid}))?;
+            log(json!({"stage": stage, "step": step, "valid": valid}))?;
             let outcome = &mut position.outcome;
             for (part, loss) in valid.iter().enumerate() {
                 if *loss >= outcome.best[part] {
@@ -210,31 +271,47 @@ pub fn run(
                     best[i] = param.var.copy()?;
                 }
             }
-            position.rate.observe(valid.iter().sum::<f64>() / valid.len().max(1) as f64);
+            for (n, rate) in position.rates.iter_mut().enumerate() {
+                let own = valid.iter().enumerate().filter(|(part, _)| task.group(*part) == n);
+                rate.observe(mean(&own.map(|(_, loss)| *loss).collect::<Vec<_>>()));
+            }
+            clock.lap(Span::Evaluation)?;
         }
+        position.outcome.spent = clock.spent.clone();
         let stop = progress::stop_requested();
-        if stop || saved_at.elapsed() >= SAVE_EVERY || step == settings.steps {
+        if let Some(run) = run_dir
+            && (stop || saved_at.elapsed() >= SAVE_EVERY || step == settings.steps)
+        {
             let mut tensors = BTreeMap::new();
-            for (i, param) in params.iter().enumerate() {
-                let (m, v) = optimizer.moments(i);
+            for (param, best) in params.iter().zip(&best) {
                 tensors.insert(format!("param.{}", param.name), param.var.as_tensor().clone());
-                tensors.insert(format!("best.{}", param.name), best[i].clone());
-                tensors.insert(format!("m.{}", param.name), m.clone());
-                tensors.insert(format!("v.{}", param.name), v.clone());
+                tensors.insert(format!("best.{}", param.name), best.clone());
+            }
+            for group in &groups {
+                for (i, param) in group.params.iter().enumerate() {
+                    let (m, v) = group.optimizer.moments(i);
+                    tensors.insert(format!("m.{}", param.name), m.clone());
+                    tensors.insert(format!("v.{}", param.name), v.clone());
+                }
             }
             let state = serde_json::to_value(&position).map_err(|e| Error::new(Kind::Unexpected, e.to_string()))?;
-            run_dir.save_state(stage, step, &tensors, &state)?;
+            run.save_state(stage, step, &tensors, &state)?;
             saved_at = Instant::now();
+            clock.lap(Span::Saving)?;
         }
         if stop && step < settings.steps {
-            let message =
-                format!("stopped in stage `{stage}` after step {step} of {}; progress is saved", settings.steps);
-            return Err(Error::new(Kind::Interrupted, message).hint("the same command continues from here"));
+            let done = format!("stopped in stage `{stage}` after step {step} of {}", settings.steps);
+            let (kept, hint) = match run_dir {
+                Some(_) => ("; progress is saved", "the same command continues from here"),
+                None => ("", "the same command begins anew"),
+            };
+            return Err(Error::new(Kind::Interrupted, done + kept).hint(hint));
         }
     }
     for (param, best) in params.iter().zip(&best) {
         param.var.set(best)?;
     }
+    position.outcome.spent = clock.spent;
     progress.end(&summary(&position.outcome));
     Ok(position.outcome)
 }
@@ -247,13 +324,15 @@ fn accumulate(
     rows: &[usize],
     drawn: u64,
     micro_batch: usize,
+    clock: &mut Clock,
 ) -> Result<(Tensor, Grads)> {
     let mut grads = Grads(vec![None; params.len()]);
     let mut losses: Option<Tensor> = None;
     for (n, part) in rows.chunks(micro_batch).enumerate() {
         let share = part.len() as f64 / rows.len() as f64;
         let batch = train.batch(part, params_device(params))?;
-        let micro = task.gradients(&batch, drawn + (n * micro_batch) as u64, share, &mut grads)?;
+        clock.lap(Span::Data)?;
+        let micro = task.gradients(&batch, drawn + (n * micro_batch) as u64, share, &mut grads, clock)?;
         let micro = (micro.to_dtype(DType::F64)? * share)?;
         losses = Some(match losses {
             Some(sum) => (sum + micro)?,
@@ -265,11 +344,22 @@ fn accumulate(
 }
 
 fn summary(outcome: &Outcome) -> String {
-    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len().max(1) as f64;
     let time = progress::duration(Duration::from_secs_f64(outcome.seconds));
     let rate = outcome.tokens as f64 / outcome.seconds.max(1e-9);
     let (first, best) = (mean(&outcome.first), mean(&outcome.best));
-    format!("validation loss {first:.4} → {best:.4} in {time}, {rate:.0} tokens/s")
+    let shares = Some(outcome.spent.shares()).filter(|shares| !shares.is_empty());
+    let shares = shares.map(|shares| format!(" ({shares})")).unwrap_or_default();
+    format!("validation loss {first:.4} → {best:.4} in {time}, {rate:.0} tokens/s{shares}")
+}
+
+/// Mean of a list; 0 where it is empty.
+pub fn mean(x: &[f64]) -> f64 {
+    x.iter().sum::<f64>() / x.len().max(1) as f64
+}
+
+/// The number of one group, the list of several.
+fn one_or_all(list: Vec<f64>) -> Value {
+    if let [one] = list[..] { json!(one) } else { json!(list) }
 }
 
 fn params_device(params: &[Param]) -> &candle_core::Device {

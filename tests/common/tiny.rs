@@ -175,10 +175,8 @@ impl Job {
         self.watched(&Silent)
     }
 
-    /// Converts on a thread whose stack holds the recursion of a backward pass.
     pub fn watched(&self, progress: &dyn Progress) -> Result<Converted> {
-        private_cache();
-        let work = || {
+        deep(|| {
             let options = Options {
                 model: self.model.to_str().unwrap().into(),
                 recipe: Recipe::load("llama/lolcats", &self.sets)?,
@@ -187,12 +185,9 @@ impl Job {
                 until: self.until.then(|| Until::from("transfer")),
                 restart: self.restart,
                 tensorboard: None,
+                timed: false,
             };
             convert(&options, progress)
-        };
-        thread::scope(|s| {
-            let worker = thread::Builder::new().stack_size(256 << 20).spawn_scoped(s, work).unwrap();
-            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
@@ -311,6 +306,15 @@ impl Act {
             }
         }
     }
+}
+
+/// Works on a thread whose stack holds the recursion of a backward pass.
+pub fn deep<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    private_cache();
+    thread::scope(|s| {
+        let worker = thread::Builder::new().stack_size(256 << 20).spawn_scoped(s, work).unwrap();
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Keeps the token cache of these tests out of the user's.

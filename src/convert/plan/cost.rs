@@ -124,7 +124,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    fn new(weights: u64, optimizer: u64, inputs: u64, working: u64) -> Self {
+    pub(in crate::convert) fn new(weights: u64, optimizer: u64, inputs: u64, working: u64) -> Self {
         Memory { weights, optimizer, inputs, working, total: weights + optimizer + inputs + working }
     }
 }

@@ -26,6 +26,7 @@ use crate::params::Param;
 use crate::progress::{Progress, Silent};
 use crate::recipe::{self, Optimizer, Schedule};
 use crate::run_dir::RunDir;
+use crate::train::clock::Clock;
 use crate::train::{self, Grads, Outcome, Settings, Task};
 
 /// Sequences per step.
@@ -64,7 +65,14 @@ pub(super) fn scores(s: &Selection, run: &mut RunDir, progress: &dyn Progress) -
     // Far enough for every gate to cross from 1 to 0 and some way back.
     let lr = (5.0 / steps as f64).clamp(0.01, 0.1);
     let loss = recipe::Loss { logit_kl: 1.0, ..recipe::Loss::default() };
-    let stage = recipe::Stage { train: vec!["mixer".into()], lr, loss, ..recipe::Stage::default() };
+    let stage = recipe::Stage {
+        train: vec!["mixer".into()],
+        lr,
+        loss,
+        optimizer: Optimizer { beta2: 0.95, clip: 0.0, ..Optimizer::default() },
+        schedule: Schedule::Cosine { warmup: 0.0, floor: 0.1 },
+        ..recipe::Stage::default()
+    };
     let kl = quality(s.student, Some(s.teacher), s.valid, &Silent)?.kl.unwrap_or_default();
     let mut task = Gates {
         inner: Recover::new(decoder, s.teacher.net, &net, &stage, s.micro_batch, s.seed),
@@ -81,13 +89,12 @@ pub(super) fn scores(s: &Selection, run: &mut RunDir, progress: &dyn Progress) -
         batch,
         micro_batch: s.micro_batch,
         memory: s.memory,
-        optimizer: &Optimizer { beta2: 0.95, clip: 0.0, ..Optimizer::default() },
-        schedule: &Schedule::Cosine { warmup: 0.0, floor: 0.1 },
+        groups: &[&stage],
         eval_every: steps.div_ceil(4) as usize,
-        lr,
         seed: s.seed,
+        timed: false,
     };
-    let outcome = train::run(&mut task, &settings, s.train, s.valid, run, progress)?;
+    let outcome = train::run(&mut task, &settings, s.train, s.valid, Some(run), progress)?;
     Ok((task.values()?, outcome))
 }
 
@@ -177,9 +184,16 @@ impl Task for Gates<'_> {
         self.lr
     }
 
-    fn gradients(&mut self, batch: &Batch, position: u64, share: f64, grads: &mut Grads) -> Result<Tensor> {
+    fn gradients(
+        &mut self,
+        batch: &Batch,
+        position: u64,
+        share: f64,
+        grads: &mut Grads,
+        clock: &mut Clock,
+    ) -> Result<Tensor> {
         let r = self.clip()?;
-        let kl = self.inner.gradients(batch, position, share * self.scale, grads)?;
+        let kl = self.inner.gradients(batch, position, share * self.scale, grads, clock)?;
         let (value, slopes) = penalty(&r, self.kept, position as f64 / self.sequences.max(1) as f64);
         for (i, slope) in slopes.iter().enumerate() {
             grads.add(i, &Tensor::new(&[*slope as f32], kl.device())?, share)?;
