@@ -1,6 +1,6 @@
 //! Learned feature maps of queries and keys, one per query head for both (LoLCATs, Hedgehog, T2R, Lizard, LAWCAT, BASED).
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -250,16 +250,21 @@ fn projected(packed: &Tensor, sources: &[usize], weight: &Tensor, bias: &Tensor)
     x.broadcast_matmul(weight)?.transpose(1, 2)?.broadcast_add(bias)?.contiguous()
 }
 
-/// The second-order Taylor map of `u` [.., C] (arXiv 2402.18668), the upper triangle only: [.., 1 + C + C (C + 1) / 2].
+/// The second-order Taylor map of `u` [B, T, H, C] (arXiv 2402.18668), the upper triangle only:
+/// [B, T, H, 1 + C + C (C + 1) / 2]. Pairs are picked by products with matrices of zeros and ones.
 fn taylor(u: &Tensor) -> Result<Tensor> {
-    let c = u.dim(D::Minus1)?;
+    let (b, t, h, c) = u.dims4()?;
     let root = (c as f64).sqrt();
-    let pairs = (0..c).flat_map(|i| (i..c).map(move |j| (i as u32, j as u32)));
-    let (left, right): (Vec<u32>, Vec<u32>) = pairs.unzip();
-    let weights: Vec<f64> =
-        left.iter().zip(&right).map(|(i, j)| if i == j { 0.5f64.sqrt() / root } else { 1.0 / root }).collect();
-    let of = |index: Vec<u32>| u.index_select(&Tensor::new(index, u.device())?, u.rank() - 1);
-    let weights = Tensor::new(weights, u.device())?.to_dtype(u.dtype())?;
-    let second = (of(left)? * of(right)?)?.broadcast_mul(&weights)?;
-    Tensor::cat(&[u.narrow(D::Minus1, 0, 1)?.ones_like()?, (u / root.sqrt())?, second], D::Minus1)
+    let pairs: Vec<(usize, usize)> = (0..c).flat_map(|i| (i..c).map(move |j| (i, j))).collect();
+    let weight = |(i, j): (usize, usize)| if i == j { 0.5f64.sqrt() / root } else { 1.0 / root };
+    let pick = |cell: &dyn Fn(usize, (usize, usize)) -> f64| {
+        let cells = (0..c).flat_map(|row| pairs.iter().map(move |pair| cell(row, *pair)));
+        Tensor::from_iter(cells.collect::<Vec<_>>(), u.device())?.reshape((c, pairs.len()))?.to_dtype(u.dtype())
+    };
+    let rows = u.contiguous()?.reshape((b * t * h, c))?;
+    let left = rows.matmul(&pick(&|row, pair| if pair.0 == row { weight(pair) } else { 0.0 })?)?;
+    let right = rows.matmul(&pick(&|row, pair| (pair.1 == row) as u8 as f64)?)?;
+    let first = rows.narrow(1, 0, 1)?.ones_like()?;
+    let all = Tensor::cat(&[first, (rows / root.sqrt())?, (left * right)?], 1)?;
+    all.reshape((b, t, h, 1 + c + pairs.len()))
 }
