@@ -195,7 +195,11 @@ fn branches(report: &mut Report, model: Subject, ids: &[u32], device: &Device) -
     for (name, left) in [("the linear part", Branch::Window), ("the window", Branch::Linear)] {
         if let Some(loss) = diagnose::without(model, &ids, left)? {
             // A branch that can go unnoticed does nothing, whatever its share.
-            let needless = if loss - whole < 0.01 { ": it does nothing" } else { "" };
+            let needless = match loss - whole {
+                change if change < -0.03 => ": better without it",
+                change if change < 0.01 => ": it does nothing",
+                _ => "",
+            };
             let times = (loss - whole).min(50.0).exp();
             report.inform(&format!("perplexity without {name}"), format!("{times:.3} ×{needless}"));
         }
