@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, cast, project, sigmoid, state};
+use super::linear::{Layer, Linear, cast, graph, project, sigmoid, state};
 use super::parts::beside::Beside;
 use super::parts::conv::ShortConv;
 use super::parts::gate::{Decays, Gate, GateKind};
@@ -125,6 +125,10 @@ impl Design for Config {
         state(a.heads, a.head_dim, a.head_dim)
             + ShortConv::state_bytes(channels, self.conv, element)
             + self.window.state_bytes(a, element)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, a.head_dim, self.gate.per_channel())
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

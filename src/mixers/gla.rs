@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, state};
+use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
@@ -152,6 +152,10 @@ impl Design for Config {
     fn state_bytes(&self, a: &Architecture, _: usize, element: usize) -> usize {
         let values = a.head_dim + (self.normalise == Normalise::Sum) as usize;
         state(a.heads, self.form(a).width(), values) + self.window.state_bytes(a, element)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, self.form(a).width(), self.gate.per_channel())
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

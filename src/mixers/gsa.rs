@@ -14,7 +14,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, state};
+use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
@@ -123,6 +123,10 @@ impl Design for Config {
 
     fn state_bytes(&self, a: &Architecture, _: usize, element: usize) -> usize {
         2 * state(a.heads, a.head_dim, self.slots(a)) + self.window.state_bytes(a, element)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, self.slots(a), true)
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

@@ -13,7 +13,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, cast, log_sigmoid, sigmoid, state};
+use super::linear::{Layer, Linear, cast, graph, log_sigmoid, sigmoid, state};
 use super::parts::beside::Beside;
 use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::{Pass, repeat, wide_of};
@@ -105,6 +105,10 @@ impl Design for Config {
 
     fn state_bytes(&self, a: &Architecture, _: usize, element: usize) -> usize {
         state(a.heads, a.head_dim, a.head_dim) + self.window.state_bytes(a, element)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, a.head_dim, true)
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, state};
+use super::linear::{Layer, Linear, graph, state};
 use super::parts::conv::ShortConv;
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
@@ -128,6 +128,10 @@ impl Design for Config {
             + 2 * ShortConv::state_bytes(wide, self.conv, element)
             + self.window * (2 * a.kv_heads * a.head_dim + wide) * element
             + state(a.heads, self.window.saturating_sub(1), channels)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, self.form(a).width(), self.gate.per_channel())
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

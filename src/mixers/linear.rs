@@ -131,6 +131,13 @@ pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
     log_sigmoid(x)?.exp()
 }
 
+/// [`Design::graph_width`](super::Design::graph_width) of a recurrence with keys of `width`: counted in the graph of
+/// [`Pass`] and its parts, where a gate is a chain of eight operations and each keeps its result and its gradient.
+pub fn graph(a: &crate::families::Architecture, width: usize, gate_per_channel: bool) -> usize {
+    let gates = 16 * if gate_per_channel { width } else { 1 };
+    a.heads * (12 * a.head_dim + 10 * width + gates)
+}
+
 /// Bytes of f32 states [H, K, V] and rows of a cache: what `state_bytes` of most mixers sums.
 pub fn state(heads: usize, keys: usize, values: usize) -> usize {
     heads * keys * values * DType::F32.size_in_bytes()

@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, state};
+use super::linear::{Layer, Linear, graph, state};
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
 use super::parts::shared::{Branch, Shared};
@@ -134,6 +134,10 @@ impl Design for Config {
         state(a.heads, width, a.head_dim + 1)
             + 2 * self.window * a.kv_heads * a.head_dim * element
             + state(a.heads, self.window.saturating_sub(1), channels)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, self.form(a).width(), self.gate.per_channel())
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

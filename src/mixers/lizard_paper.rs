@@ -14,7 +14,7 @@ use candle_core::{D, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, cast, state};
+use super::linear::{Layer, Linear, cast, graph, state};
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
 use super::pass::{Pass, wide_of};
@@ -154,6 +154,10 @@ impl Design for Config {
 
     fn state_bytes(&self, a: &Architecture, _: usize, element: usize) -> usize {
         state(a.heads, self.form(a).width(), a.head_dim + 1) + 2 * self.window * a.kv_heads * a.head_dim * element
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, self.form(a).width(), self.gate.per_channel())
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

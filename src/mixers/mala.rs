@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, state};
+use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::maps::{FeatureMap, Form, Maps};
 use super::pass::{Pass, wide_of};
@@ -91,6 +91,10 @@ impl Design for Config {
     fn state_bytes(&self, a: &Architecture, _: usize, element: usize) -> usize {
         let sums = state(a.heads, self.form(a).width(), a.head_dim + 1) + state(a.heads, 1, a.head_dim);
         sums + self.window.state_bytes(a, element)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, self.form(a).width(), false)
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

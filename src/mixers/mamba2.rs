@@ -13,7 +13,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, cast, project, softplus, state};
+use super::linear::{Layer, Linear, cast, graph, project, softplus, state};
 use super::parts::beside::Beside;
 use super::parts::conv::ShortConv;
 use super::parts::output::{Finish, Output, OutputGate};
@@ -144,6 +144,10 @@ impl Design for Config {
         state(a.heads, a.head_dim, a.head_dim)
             + ShortConv::state_bytes(channels, self.conv, element)
             + self.window.state_bytes(a, element)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, a.head_dim, false)
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

@@ -71,6 +71,10 @@ pub trait Design {
     fn state_bytes(&self, architecture: &Architecture, context: usize, element: usize) -> usize;
     /// Multiply-adds times two per token and layer beyond the projections: forward, at `seq_len`.
     fn flops_per_token(&self, architecture: &Architecture, seq_len: usize) -> f64;
+    /// Elements per token that training keeps of what the mixer computes in plain tensor operations, with their gradients.
+    fn graph_width(&self, _: &Architecture) -> usize {
+        0
+    }
     /// Whether every row of weights is non-negative and sums to 1, so that outputs lie where the teacher's do and
     /// weights can be compared with the teacher's.
     fn convex(&self) -> bool {

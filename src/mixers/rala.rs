@@ -13,7 +13,7 @@ use candle_core::{D, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, state};
+use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::maps::{FeatureMap, Form, Maps};
 use super::parts::output::{Finish, Output, OutputGate};
@@ -112,6 +112,10 @@ impl Design for Config {
         let width = self.form(a).width();
         let sums = state(a.heads, width, a.head_dim + 1) + state(a.heads, 1, width) + state(a.heads, 1, 1);
         sums + self.window.state_bytes(a, element)
+    }
+
+    fn graph_width(&self, a: &Architecture) -> usize {
+        graph(a, self.form(a).width(), false)
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {

@@ -136,6 +136,8 @@ struct Widths {
     packed: u64,
     mlp: u64,
     features: u64,
+    /// Of the mixer's plain operations in training.
+    graph: u64,
 }
 
 /// What the costs of the stages follow from.
@@ -161,6 +163,7 @@ impl<'a> Costs<'a> {
             mlp: a.intermediate as u64,
             // A linear state sums features times [v, 1] in f32: its size tells the number of features.
             features: design.state_bytes(a, 0, 0) as u64 / (4 * (head + 1)),
+            graph: design.graph_width(a) as u64,
         };
         Costs { a, design, converted, device, widths, new: per_layer * converted.len() as u64 }
     }
@@ -224,7 +227,8 @@ impl<'a> Costs<'a> {
         Cost {
             flops_per_token: frozen + teacher + student + output + changed,
             inputs: 0,
-            working: self.activations(micro, s.seq_len, self.layer(more)) + self.squares(micro, s.seq_len, squares),
+            working: self.activations(micro, s.seq_len, self.layer(more + w.graph))
+                + self.squares(micro, s.seq_len, squares),
         }
     }
 
@@ -248,6 +252,7 @@ impl<'a> Costs<'a> {
             + 3 * w.packed
             + w.query
             + 2 * w.features
+            + w.graph
             + 3 * w.mlp
             + Projection::ALL.iter().map(changed).sum::<u64>()
             + s.lora_targets().iter().map(low_rank).sum::<u64>();
