@@ -56,7 +56,7 @@ pub struct Heat<'a> {
     pub column_label: &'a str,
     pub rows: Vec<String>,
     pub columns: Vec<String>,
-    /// [rows][columns]; `None` stays empty.
+    /// Rows of columns; `None` stays empty.
     pub cells: Vec<Vec<Option<f64>>>,
     pub scale: Scale,
     /// Values of the lightest and darkest shade; those of the data where not given.

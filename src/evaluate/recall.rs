@@ -89,7 +89,7 @@ pub struct Grid {
     pub task: Task,
     pub rows: Vec<usize>,
     pub columns: Vec<usize>,
-    /// [rows][columns]; `None` where the prompt would be too long.
+    /// Rows of columns; `None` where the prompt would be too long.
     pub cells: Vec<Vec<Option<Cell>>>,
 }
 
