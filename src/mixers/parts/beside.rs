@@ -27,7 +27,8 @@ pub struct Beside {
 
 impl Default for Beside {
     fn default() -> Self {
-        Beside { size: 64, weight: 0.5, linear_weight: 0.5, learn: true }
+        // Near the window alone: what was softmax is still most of it.
+        Beside { size: 64, weight: 0.9, linear_weight: 0.1, learn: true }
     }
 }
 
