@@ -91,14 +91,7 @@ impl Design for Config {
     }
 
     fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
-        if !self.feature_map.positive() {
-            return Err(
-                "`mixer.feature_map` must have features that are never negative here, since weights are divided \
-                        by their sum"
-                    .into(),
-            );
-        }
-        self.form(a).check(a)
+        self.form(a).check_positive(a)
     }
 
     fn specs(&self, a: &Architecture) -> Vec<Spec> {
@@ -154,8 +147,10 @@ impl Lawcat {
     fn filter(&self, which: usize, x: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         self.convs[which].as_ref().map_or_else(|| Ok(x.clone()), |conv| conv.apply(x, pass))
     }
+}
 
-    fn both(&self, x: &Heads, v: &Tensor, pass: &mut Pass, window_only: bool) -> Result<Tensor> {
+impl Linear for Lawcat {
+    fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let q = self.filter(0, &x.queries()?, pass)?;
         let own = self.filter(1, &repeat(&x.keys()?, x.heads / x.kv_heads)?, pass)?;
         let (time, size) = (own.dim(1)?, self.shared.size);
@@ -165,21 +160,11 @@ impl Lawcat {
             // The keys behind the window are those of before, convolved then.
             keys: &|_, pass| self.maps.own_keys(&pass.behind("left", &own, size)?.narrow(1, 0, time)?),
         };
-        self.shared.mix(x, v, pass, &branch, window_only)
-    }
-}
-
-impl Linear for Lawcat {
-    fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        self.both(x, v, pass, false)
+        self.shared.mix(x, v, pass, &branch)
     }
 
     fn window(&self) -> usize {
         self.shared.size
-    }
-
-    fn mix_window(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Option<Tensor>> {
-        if self.shared.size == 0 { Ok(None) } else { self.both(x, v, pass, true).map(Some) }
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

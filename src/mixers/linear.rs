@@ -32,11 +32,6 @@ pub trait Linear: Send + Sync {
     fn window(&self) -> usize {
         0
     }
-
-    /// The part of the weights that [`Linear::mix`] gives to that window: `mix` without the recurrence.
-    fn mix_window(&self, _: &Heads, _: &Tensor, _: &mut Pass) -> Result<Option<Tensor>> {
-        Ok(None)
-    }
 }
 
 /// A [`Linear`] as the attention of a layer.
@@ -70,14 +65,17 @@ impl<L: Linear> Mixer for Layer<L> {
         let y = self.run(x, &mut Pass::Definition)?;
         let (b, t, _, _) = x.qkv.dims4()?;
         let unit = unit_values(b, t, x.heads, x.qkv.dtype(), &x.qkv)?;
-        let all = self.linear.mix(x, &unit, &mut Pass::Weights)?;
-        let inner = self.linear.mix_window(x, &unit, &mut Pass::Weights)?;
+        let mut pass = Pass::Weights(None);
+        let all = self.linear.mix(x, &unit, &mut pass)?;
         let (all, window) = match &self.beside {
             Some(mix) => {
-                let window = Pass::Weights.window(x, mix.size, &unit)?.y;
+                let window = pass.window(x, mix.size, &unit)?.y;
                 (mix.add(&window, &all)?, Some(mix.add(&window, &all.zeros_like()?)?))
             }
-            None => (all, inner),
+            None => match pass {
+                Pass::Weights(window) => (all, window),
+                _ => (all, None),
+            },
         };
         let by_head = |x: Tensor| x.transpose(1, 2)?.contiguous();
         Ok((y, Weights { all: by_head(all)?, window: window.map(by_head).transpose()? }))

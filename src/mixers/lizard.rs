@@ -97,17 +97,10 @@ impl Design for Config {
     }
 
     fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
-        if !self.feature_map.positive() {
-            return Err(
-                "`mixer.feature_map` must have features that are never negative here, since weights are divided \
-                        by their sum"
-                    .into(),
-            );
-        }
         if self.window == 0 && self.sinks > 0 {
             return Err("`mixer.sinks` stand in the window's denominator: with `window` = 0 set them to 0".into());
         }
-        self.form(a).check(a)
+        self.form(a).check_positive(a)
     }
 
     fn specs(&self, a: &Architecture) -> Vec<Spec> {
@@ -158,28 +151,18 @@ struct Lizard {
     shared: Shared,
 }
 
-impl Lizard {
-    fn both(&self, x: &Heads, v: &Tensor, pass: &mut Pass, window_only: bool) -> Result<Tensor> {
+impl Linear for Lizard {
+    fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let branch = Branch {
             queries: self.maps.queries(x.rotated()?)?,
             gates: self.decays.log(x)?,
             keys: &|k, _| self.maps.keys(k),
         };
-        self.shared.mix(x, v, pass, &branch, window_only)
-    }
-}
-
-impl Linear for Lizard {
-    fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        self.both(x, v, pass, false)
+        self.shared.mix(x, v, pass, &branch)
     }
 
     fn window(&self) -> usize {
         self.shared.size
-    }
-
-    fn mix_window(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Option<Tensor>> {
-        if self.shared.size == 0 { Ok(None) } else { self.both(x, v, pass, true).map(Some) }
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

@@ -107,14 +107,7 @@ impl Design for Config {
     }
 
     fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
-        if !self.feature_map.positive() {
-            return Err(
-                "`mixer.feature_map` must have features that are never negative here, since weights are divided \
-                        by their sum"
-                    .into(),
-            );
-        }
-        self.form(a).check(a)
+        self.form(a).check_positive(a)
     }
 
     fn specs(&self, a: &Architecture) -> Vec<Spec> {
@@ -208,7 +201,7 @@ impl LizardPaper {
             let (weights, values) = self.recall(x, &top, keys, values)?;
             den = (den + weights.sum_keepdim(D::Minus1)?)?;
             // Meta values are no part of what the layer does to `v`.
-            if !matches!(pass, Pass::Weights) {
+            if !matches!(pass, Pass::Weights(_)) {
                 num = (num + read(&weights, &values)?)?;
             }
         }
@@ -245,15 +238,13 @@ impl Linear for LizardPaper {
         let features = self.maps.features(&x.qkv)?;
         let (q, k) = (features.narrow(2, 0, x.heads)?, features.narrow(2, x.heads, x.heads)?);
         let gated = pass.normalised("s", [&q, &k, v], &self.decays.log(x)?, MIN_DENOMINATOR)?;
-        gated + self.anchor(x, v, pass)?
+        let anchor = self.anchor(x, v, pass)?;
+        pass.of_window(|| Ok(anchor.clone()))?;
+        gated + anchor
     }
 
     fn window(&self) -> usize {
         self.size
-    }
-
-    fn mix_window(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Option<Tensor>> {
-        self.anchor(x, v, pass).map(Some)
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

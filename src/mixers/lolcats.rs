@@ -127,14 +127,7 @@ impl Design for Config {
     }
 
     fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
-        if !self.feature_map.positive() {
-            return Err(
-                "`mixer.feature_map` must have features that are never negative here, since weights are divided \
-                        by their sum"
-                    .into(),
-            );
-        }
-        self.form(a).check(a)
+        self.form(a).check_positive(a)
     }
 
     fn specs(&self, a: &Architecture) -> Vec<Spec> {

@@ -69,12 +69,7 @@ impl Design for Config {
     }
 
     fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
-        if !self.feature_map.positive() {
-            return Err("`mixer.feature_map` must have features that are never negative here: the row is divided by \
-                        their mean product"
-                .into());
-        }
-        self.form(a).check(a)
+        self.form(a).check_positive(a)
     }
 
     fn specs(&self, a: &Architecture) -> Vec<Spec> {

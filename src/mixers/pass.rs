@@ -21,7 +21,8 @@ pub enum Pass<'a> {
     Whole,
     Continue(&'a mut State),
     Definition,
-    Weights,
+    /// With the part of the weights that belongs to a window inside the formula, once that is known.
+    Weights(Option<Tensor>),
 }
 
 /// A softmax window of some rows, and what leaves it.
@@ -39,6 +40,14 @@ pub struct Window {
 }
 
 impl Pass<'_> {
+    /// Where weights are asked for, remembers which of them are a window's, [B, T, H, T].
+    pub fn of_window(&mut self, part: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+        if let Pass::Weights(window) = self {
+            *window = Some(part()?);
+        }
+        Ok(())
+    }
+
     /// Tokens before this pass.
     pub fn seen(&self) -> usize {
         match self {
@@ -58,7 +67,7 @@ impl Pass<'_> {
     ) -> Result<Tensor> {
         match self {
             Pass::Whole => Ok(op.forward(q, k, v, gates, None)?.0),
-            Pass::Definition | Pass::Weights => Ok(op.recurrent(q, k, v, gates, None)?.0),
+            Pass::Definition | Pass::Weights(_) => Ok(op.recurrent(q, k, v, gates, None)?.0),
             Pass::Continue(state) => {
                 let before = state.tensors.get(name);
                 let (y, after) = match before {
@@ -111,7 +120,7 @@ impl Pass<'_> {
         beta: &Tensor,
         decay: Decay,
     ) -> Result<Tensor> {
-        if let Pass::Definition | Pass::Weights = self {
+        if let Pass::Definition | Pass::Weights(_) = self {
             return op.recurrent(q, k, v, beta, decay);
         }
         let group = op.heads / op.kv_heads;
@@ -210,7 +219,7 @@ impl Pass<'_> {
                 let left = (first(&k.pad_with_zeros(1, size, 0)?)?, first(&v.pad_with_zeros(1, size, 0)?)?);
                 (y, top, mass, left)
             }
-            Pass::Definition | Pass::Weights => {
+            Pass::Definition | Pass::Weights(_) => {
                 let (y, top, mass) = band(x, &qkv.narrow(2, 0, h)?, &k, v, size, 0)?;
                 let left = (first(&k.pad_with_zeros(1, size, 0)?)?, first(&v.pad_with_zeros(1, size, 0)?)?);
                 (y, top, mass, left)

@@ -99,6 +99,18 @@ impl Form {
         if self.kind.learned() { 4.0 * (a.head_dim * self.cols) as f64 } else { 0.0 }
     }
 
+    /// The same for mixers that divide weights by their sum.
+    pub fn check_positive(&self, a: &Architecture) -> std::result::Result<(), String> {
+        if !self.kind.positive() {
+            return Err(
+                "`mixer.feature_map` must have features that are never negative here, since weights are divided \
+                        by their sum"
+                    .into(),
+            );
+        }
+        self.check(a)
+    }
+
     /// Says what cannot be, if so.
     pub fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
         if self.skip_connection && self.cols != a.head_dim {

@@ -61,8 +61,8 @@ impl Shared {
         Shared { size, affine, factors: find(FACTORS), sinks: find(sink_name) }
     }
 
-    /// Both branches, or the window's share alone: [B, T, H, V].
-    pub fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass, branch: &Branch, window_only: bool) -> Result<Tensor> {
+    /// Both branches: [B, T, H, V].
+    pub fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass, branch: &Branch) -> Result<Tensor> {
         let keys = x.rotated()?.narrow(2, x.heads, x.kv_heads)?;
         if self.size == 0 {
             let k = (branch.keys)(&keys, pass)?;
@@ -99,10 +99,8 @@ impl Shared {
         if let Some(sunk) = sunk {
             den = (den + sunk.broadcast_mul(&sigma)?)?;
         }
-        let mut num = wide_of(&window.y)?.broadcast_mul(&mass)?;
-        if !window_only {
-            num = (num + sum)?;
-        }
-        num.broadcast_div(&den)?.to_dtype(window.y.dtype())
+        let soft = wide_of(&window.y)?.broadcast_mul(&mass)?;
+        pass.of_window(|| soft.broadcast_div(&den)?.to_dtype(window.y.dtype()))?;
+        (soft + sum)?.broadcast_div(&den)?.to_dtype(window.y.dtype())
     }
 }
