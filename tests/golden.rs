@@ -161,7 +161,7 @@ fn liger() {
         feature_map: FeatureMap::Softmax,
         normalise: gla::Normalise::None,
         gate: Gate { normaliser: 16.0, ..Gate::of(GateKind::Pooled) },
-        window: Beside { size: 8, weight: 0.5, linear_weight: 0.5, learn: false },
+        window: Beside { size: 8, weight: 0.5, linear_weight: 0.5, learn: false, gate: false },
         ..gla::Config::default()
     };
     compare(&liger, true, &nothing(), &[], "out.liger_gla", None);

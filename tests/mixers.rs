@@ -91,14 +91,16 @@ fn heads<R>(a: &Architecture, qkv: &Tensor, from: usize, f: impl FnOnce(&Heads) 
         let cells = (from..from + time).flat_map(|t| w.iter().map(move |w| f(t as f64 * w)));
         Tensor::from_iter(cells.collect::<Vec<_>>(), &CPU)?.reshape((time, w.len()))?.to_dtype(qkv.dtype())
     };
-    let (cos, sin) = (table(f64::cos).unwrap(), table(f64::sin).unwrap());
+    let on_device = |f| table(f).and_then(|x: Tensor| x.to_device(qkv.device())).unwrap();
+    let (cos, sin) = (on_device(f64::cos), on_device(f64::sin));
     f(&Heads::new(input(a, qkv), qkv.clone(), a.heads, a.kv_heads, &cos, &sin)).unwrap()
 }
 
 /// A layer input [B, T, N] that belongs to `qkv`: what depends on it depends on `qkv`, with a gradient.
 fn input(a: &Architecture, qkv: &Tensor) -> Tensor {
     let (b, t, packed, d) = qkv.dims4().unwrap();
-    let mixing = (randn(&[packed * d, a.hidden], 55) * 0.15).unwrap().to_dtype(qkv.dtype()).unwrap();
+    let mixing = (randn(&[packed * d, a.hidden], 55) * 0.15).unwrap();
+    let mixing = mixing.to_dtype(qkv.dtype()).unwrap().to_device(qkv.device()).unwrap();
     qkv.reshape((b * t, packed * d)).unwrap().matmul(&mixing).unwrap().reshape((b, t, a.hidden)).unwrap()
 }
 
@@ -233,6 +235,59 @@ fn half_precision() {
             assert!(gradient.dtype() == DType::F32 && flat(gradient).iter().all(|g| g.is_finite()), "{what}");
         }
     });
+}
+
+/// Every variant on an NVIDIA GPU, kernels included, against the float64 definition on the CPU: outputs, gradients and
+/// decoding in pieces.
+#[cfg(feature = "cuda")]
+#[test]
+fn on_a_gpu() {
+    let Ok(gpu) = margay::ops::gpu(0) else {
+        eprintln!("skipped: there is no GPU here");
+        return;
+    };
+    let [small, _] = architectures();
+    let a = Architecture { hidden: 128, head_dim: 64, ..small };
+    let mut bad = Vec::new();
+    for def in REGISTRY {
+        for (n, design) in (def.variants)().iter().enumerate() {
+            {
+                let time = 100;
+                let qkv = sequences(&a, time, 1);
+                let oracle = gradients(&a, design.as_ref(), &qkv, false);
+                let (wanted, _) = heads(&a, &qkv, 0, |h| build(design.as_ref(), &a, DType::F64).parallel(h));
+                for (dtype, of_y, of_gradients) in [(DType::F32, 2e-4, 2e-3), (DType::BF16, 2e-2, 1e-1)] {
+                    let what = format!("{} variant {n}, {dtype:?}, {time} tokens", def.name);
+                    let mut check = |part: &str, got: &Tensor, wanted: &Tensor, most: f64| {
+                        let (got, wanted) = (flat(&got.to_device(&CPU).unwrap()), flat(wanted));
+                        let off: f64 = got.iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum();
+                        let error = (off / wanted.iter().map(|b| b * b).sum::<f64>().max(1e-12)).sqrt();
+                        if error.is_nan() || error > most {
+                            bad.push(format!("{what}: {part} is off by {error:e}"));
+                        }
+                    };
+                    let params: Vec<Param> = params(design.as_ref(), &a, DType::F32)
+                        .into_iter()
+                        .map(|p| Param { var: Var::from_tensor(&p.var.to_device(&gpu).unwrap()).unwrap(), ..p })
+                        .collect();
+                    let mixer = design.build(&a, 0, params);
+                    let x = Var::from_tensor(&qkv.to_dtype(dtype).unwrap().to_device(&gpu).unwrap()).unwrap();
+                    let y = heads(&a, x.as_tensor(), 0, |h| mixer.forward(h));
+                    check("forward", &y, &wanted, of_y);
+                    check("extend", &extend(&a, mixer.as_ref(), x.as_tensor(), &[57, 1]).0, &wanted, of_y);
+                    let r = randn(y.dims(), 77).to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
+                    let store = (y * r).unwrap().sum_all().unwrap().backward().unwrap();
+                    let vars = std::iter::once(&x).chain(mixer.params().iter().map(|p| &p.var));
+                    for (var, (name, wanted)) in vars.zip(&oracle) {
+                        // Gradients of scalars are sums that nearly cancel: rounding of the terms is what they show.
+                        let most = if var.elem_count() < 64 && dtype == DType::BF16 { 0.3 } else { of_gradients };
+                        check(&format!("gradient of `{name}`"), store.get(var).expect("a gradient"), wanted, most);
+                    }
+                }
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
 }
 
 #[test]

@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::families::Architecture;
 use crate::progress::Progress;
+use crate::recipe::Recipe;
 
 pub use kernels::kernels;
 pub use stages::{decode, prefill, recover, teacher, transfer};
@@ -22,6 +23,8 @@ pub use stages::{decode, prefill, recover, teacher, transfer};
 /// What is measured.
 pub struct Bench<'a> {
     pub architecture: Architecture,
+    /// What the student is and how it trains.
+    pub recipe: Recipe,
     pub device: Device,
     /// Precision of frozen weights and activations.
     pub dtype: DType,

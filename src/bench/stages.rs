@@ -10,7 +10,7 @@ use crate::convert::transfer::{Student, Transfer};
 use crate::data::Batch;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Decoder, Net, Steps};
-use crate::recipe::{Recipe, Stage};
+use crate::recipe::Stage;
 use crate::train::adamw::AdamW;
 use crate::train::clock::{Clock, Spent};
 use crate::train::{Grads, Task};
@@ -32,8 +32,19 @@ impl Bench<'_> {
         2.0 * (self.architecture.layers * self.architecture.block_parameters()) as f64
     }
 
-    fn recipe(&self) -> Result<Recipe> {
-        Ok(Recipe::load("llama/lolcats", &[])?.recipe)
+    /// The recipe's mixer in every layer.
+    fn student(&self) -> Result<Net> {
+        let all: Vec<usize> = (0..self.architecture.layers).collect();
+        Ok(swap(&self.architecture, self.recipe.mixer.design(), &all, 0, &self.device)?)
+    }
+
+    /// The recipe's first stage of a kind.
+    fn stage(&self, kind: &str, fits: fn(&Stage) -> bool) -> Result<(&str, &Stage)> {
+        self.recipe.in_order().find(|(_, stage)| fits(stage)).ok_or_else(|| {
+            let listed = self.recipe.stages.join(", ");
+            Error::new(Kind::Usage, format!("no stage of the recipe ({listed}) has {kind}"))
+                .hint("leave this measurement out, or name another recipe")
+        })
     }
 
     /// Random token ids with their targets, `rows` sequences.
@@ -109,43 +120,35 @@ pub fn teacher(b: &Bench) -> Result<Row> {
     Ok(row)
 }
 
-/// Stage 1: one optimiser step of attention transfer, LoLCATs in every layer.
+/// One optimiser step of the recipe's first layer-wise stage, every layer converted.
 pub fn transfer(b: &Bench) -> Result<Row> {
-    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
-    let a = &b.architecture;
-    let all: Vec<usize> = (0..a.layers).collect();
-    let student = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
+    let (name, stage) = b.stage("a layer-wise loss", |s| s.loss.layer_wise())?;
+    let (decoder, mut student, a) = (b.decoder()?, b.student()?, &b.architecture);
+    prepare(&mut student, stage, a, 0, &b.device)?;
     let teacher = Net::teacher(a);
-    let stage = Stage::transfer();
-    let alone = Student { name: "", net: &student, stage: &stage };
+    let alone = Student { name: "", net: &student, stage };
     let mut task = Transfer::new(&decoder, &teacher, &[alone], b.micro_batch, 0);
     let work = Work { flops: b.block_flops() * b.tokens(), bytes: 0.0, tokens: b.tokens() };
-    b.step("transfer step (stage 1, LoLCATs)", &mut task, stage.lr, work)
+    b.step(&format!("step of `{name}`, layer by layer"), &mut task, stage.lr, work)
 }
 
-/// Stage 2: one optimiser step of LoRA recovery on next-token loss.
+/// One optimiser step of the recipe's first stage on the whole student.
 pub fn recover(b: &Bench) -> Result<Row> {
-    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
-    let a = &b.architecture;
-    let all: Vec<usize> = (0..a.layers).collect();
-    let mut student = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
-    let stage = Stage::recover();
-    prepare(&mut student, &stage, a, 0, &b.device)?;
+    let (name, stage) = b.stage("a loss of the whole student", |s| s.loss.whole_model())?;
+    let (decoder, mut student, a) = (b.decoder()?, b.student()?, &b.architecture);
+    prepare(&mut student, stage, a, 0, &b.device)?;
     let teacher = Net::teacher(a);
-    let mut task = Recover::new(&decoder, &teacher, &student, &stage, b.micro_batch, 0);
+    let mut task = Recover::new(&decoder, &teacher, &student, stage, b.micro_batch, 0);
     // Forward, recomputation and the gradient of every activation; the head without recomputation.
     let head = 2.0 * (a.vocab * a.hidden) as f64;
     let work = Work { flops: (3.0 * b.block_flops() + 2.0 * head) * b.tokens(), bytes: 0.0, tokens: b.tokens() };
-    b.step("recover step (stage 2, LoRA on q, k, v, o)", &mut task, stage.lr, work)
+    b.step(&format!("step of `{name}`, whole student"), &mut task, stage.lr, work)
 }
 
 /// One-token steps of the converted model, a batch of sequences at once. The state does not grow, so a short prompt
 /// stands for any context.
 pub fn decode(b: &Bench) -> Result<Row> {
-    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
-    let a = &b.architecture;
-    let all: Vec<usize> = (0..a.layers).collect();
-    let net = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
+    let (decoder, net, a) = (b.decoder()?, b.student()?, &b.architecture);
     let mut states = net.states();
     let prompt = Tensor::zeros((b.batch, PROMPT), DType::U32, &b.device)?;
     decoder.extend(&prompt, &net, &mut states)?;
@@ -170,10 +173,7 @@ pub fn decode(b: &Bench) -> Result<Row> {
 
 /// A prompt of `seq_len` tokens into an empty state.
 pub fn prefill(b: &Bench) -> Result<Row> {
-    let (decoder, recipe) = (b.decoder()?, b.recipe()?);
-    let a = &b.architecture;
-    let all: Vec<usize> = (0..a.layers).collect();
-    let net = swap(a, recipe.mixer.design(), &all, 0, &b.device)?;
+    let (decoder, net) = (b.decoder()?, b.student()?);
     let batch = b.random_batch(b.batch)?;
     let seconds = time(&b.device, b.repeats, 1, || {
         decoder.extend(&batch.inputs, &net, &mut net.states())?;

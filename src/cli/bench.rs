@@ -5,6 +5,7 @@ use margay::bench::{self, Bench as Run, Row, shapes};
 use margay::convert::load::compute_dtype;
 use margay::convert::plan::{PlanDevice, Section, bytes, heads, micro_batch};
 use margay::error::Result;
+use margay::recipe::Recipe;
 use serde_json::json;
 
 use super::DeviceArg;
@@ -18,6 +19,12 @@ pub struct Bench {
     /// A published model's shape
     #[arg(long, value_name = "NAME", default_value = "llama-3.2-1b")]
     shape: String,
+    /// A shipped recipe by name or a TOML file: the student and its stages
+    #[arg(long, value_name = "RECIPE", default_value = "llama/lolcats")]
+    recipe: String,
+    /// Change a key of the recipe, such as mixer.window=16; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Sequences of a training step, or decoded at once
     #[arg(long, value_name = "N", default_value_t = 8)]
     batch: usize,
@@ -45,9 +52,9 @@ enum What {
     Kernels,
     /// The frozen teacher's forward pass
     Teacher,
-    /// One step of attention transfer
+    /// One step of the recipe's first layer-wise stage
     Transfer,
-    /// One step of LoRA recovery
+    /// One step of the recipe's first stage on the whole student
     Recover,
     /// One-token steps of the converted model
     Decode,
@@ -65,6 +72,7 @@ impl Bench {
         let run = Run {
             micro_batch: micro_batch(self.batch, self.micro_batch, self.seq_len, PlanDevice::from(&device)),
             architecture,
+            recipe: Recipe::load(&self.recipe, &self.set)?.recipe,
             device,
             dtype,
             batch: self.batch.max(1),
@@ -87,7 +95,7 @@ impl Bench {
         }
         if self.json {
             return out.json(&json!({
-                "shape": self.shape, "layers": run.architecture.layers, "batch": run.batch, "seq_len": run.seq_len,
+                "shape": self.shape, "recipe": self.recipe, "layers": run.architecture.layers, "batch": run.batch, "seq_len": run.seq_len,
                 "micro_batch": run.micro_batch, "dtype": dtype.as_str(),
                 "device": format!("{:?}", run.device.location()), "ceilings": ceilings, "rows": rows,
             }));
@@ -108,6 +116,7 @@ impl Bench {
             "Measured on",
             [
                 ("shape", format!("{}, {} layers", self.shape, run.architecture.layers)),
+                ("recipe", self.recipe.clone()),
                 ("step", format!("{} sequences of {}, {} at once", run.batch, run.seq_len, run.micro_batch)),
                 ("device", format!("{:?}, {}", run.device.location(), dtype.as_str())),
                 ("copy", format!("{:.0} GB/s", ceilings.copy_gb_s)),

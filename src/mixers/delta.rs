@@ -72,7 +72,7 @@ fn variants() -> Vec<Box<dyn Design>> {
     let list = [
         base.clone(),
         Config { rotary: true, window: Beside::none(), ..base.clone() },
-        Config { gate: head.clone(), ..base.clone() },
+        Config { gate: head.clone(), window: Beside { gate: true, ..window.clone() }, ..base.clone() },
         Config { gate: head, conv: 4, silu: true, output: full.clone(), window: Beside::none(), ..base.clone() },
         Config { gate: channel.clone(), window: Beside { learn: false, ..window }, ..base.clone() },
         Config { gate: channel, conv: 3, output: Output { gate: OutputGate::Sigmoid, ..full }, ..base },

@@ -48,8 +48,8 @@ impl<L: Linear> Layer<L> {
         let y = self.linear.finish(self.linear.mix(x, &v, pass)?, x)?;
         match &self.beside {
             Some(mix) => {
-                let window = pass.window(x, mix.size, &x.values()?)?.y;
-                mix.add(&window, &y)
+                let window = pass.beside(x, mix.size, &x.values()?)?;
+                mix.add(&x.x, &window, &y)
             }
             None => Ok(y),
         }
@@ -69,8 +69,8 @@ impl<L: Linear> Mixer for Layer<L> {
         let all = self.linear.mix(x, &unit, &mut pass)?;
         let (all, window) = match &self.beside {
             Some(mix) => {
-                let window = pass.window(x, mix.size, &unit)?.y;
-                (mix.add(&window, &all)?, Some(mix.add(&window, &all.zeros_like()?)?))
+                let window = pass.beside(x, mix.size, &unit)?;
+                (mix.add(&x.x, &window, &all)?, Some(mix.add(&x.x, &window, &all.zeros_like()?)?))
             }
             None => match pass {
                 Pass::Weights(window) => (all, window),

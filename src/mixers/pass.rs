@@ -200,6 +200,15 @@ impl Pass<'_> {
         Ok((top.narrow(1, 1, time)?, top.narrow(1, 0, time)?))
     }
 
+    /// y of [`Pass::window`] alone: of a whole sequence it is the op that softmax layers use.
+    pub fn beside(&mut self, x: &Heads, size: usize, v: &Tensor) -> Result<Tensor> {
+        if let Pass::Whole = self {
+            let attn = SoftmaxAttn { heads: x.heads, kv_heads: x.kv_heads, window: Some(size), softcap: None };
+            return attn.forward(x.rotated()?);
+        }
+        Ok(self.window(x, size, v)?.y)
+    }
+
     /// Softmax of rotated queries over the last `size` keys, self included. `v` [B, T, H, V] are the values of `x`, in the
     /// definition any others.
     pub fn window(&mut self, x: &Heads, size: usize, v: &Tensor) -> Result<Window> {
@@ -209,9 +218,13 @@ impl Pass<'_> {
         let k = qkv.narrow(2, h, g)?;
         let attn = SoftmaxAttn { heads: h, kv_heads: g, window: Some(size), softcap: None };
         let seen = self.seen();
-        let has_left = Tensor::from_iter((0..time).map(|t| (seen + t >= size) as u8 as f32), qkv.device())?
-            .reshape((1, time, 1, 1))?
-            .to_dtype(qkv.dtype())?;
+        let waiting = size.saturating_sub(seen).min(time);
+        let rows = |value: fn(_, _, _) -> Result<Tensor>, n| value((1, n, 1, 1), qkv.dtype(), qkv.device());
+        let has_left = match waiting {
+            0 => rows(Tensor::ones, time)?,
+            _ if waiting == time => rows(Tensor::zeros, time)?,
+            _ => rows(Tensor::ones, time - waiting)?.pad_with_zeros(1, waiting, 0)?,
+        };
         let first = |x: &Tensor| x.narrow(1, 0, time);
         let (y, top, mass, left) = match self {
             Pass::Whole => {

@@ -12,7 +12,8 @@ use super::cpu;
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if super::cuda::ready(x) && x.dim(3)?.is_multiple_of(4) {
-        return on_gpu(&x.contiguous()?, &cos.contiguous()?, &sin.contiguous()?, rotated);
+        let table = |t: &Tensor| t.to_dtype(candle_core::DType::F32)?.contiguous();
+        return on_gpu(&x.contiguous()?, &table(cos)?, &table(sin)?, rotated);
     }
     if !super::fast(x) {
         return plain(x, cos, sin, rotated);

@@ -92,17 +92,19 @@ impl SoftmaxAttn {
         let late = |block: usize, j: usize| block * rows + j;
         let ids = (0..blocks * band).map(|n| late(n / band, n % band).saturating_sub(window - 1).min(time - 1) as u32);
         let ids = Tensor::from_iter(ids, qkv.device())?;
-        let cell = |n: usize| {
-            let (block, i, j) = (n / (rows * band), n / band % rows, n % band);
-            if late(block, j) + 1 >= window && i <= j && j < i + window { 0f32 } else { f32::NEG_INFINITY }
-        };
-        let mask = Tensor::from_iter((0..blocks * rows * band).map(cell), qkv.device())?;
+        // Whether cells of a block lie behind the first token, and what a row sees of any block.
+        let seen = |visible: bool| if visible { 0f32 } else { f32::NEG_INFINITY };
+        let real = (0..blocks * band).map(|n| seen(late(n / band, n % band) + 1 >= window));
+        let real = Tensor::from_iter(real, qkv.device())?.reshape((blocks, 1, band))?;
+        let near = (0..rows * band).map(|n| seen(n / band <= n % band && n % band < n / band + window));
+        let near = Tensor::from_iter(near, qkv.device())?.reshape((1, rows, band))?;
+        let mask = real.broadcast_add(&near)?;
 
         let heads = batch * self.heads;
         let [q, k, v] = self.split(&qkv.to_dtype(super::wide(qkv.dtype()))?)?;
         let q = q.pad_with_zeros(2, 0, blocks * rows - time)?.reshape((heads, blocks, rows, dim))?;
         let bands = |x: &Tensor| x.index_select(&ids, 2)?.reshape((heads, blocks, band, dim));
-        let parts = self.divide([&q, &bands(&k)?, &bands(&v)?], &mask.reshape((blocks, rows, band))?)?;
+        let parts = self.divide([&q, &bands(&k)?, &bands(&v)?], &mask)?;
         self.gather(parts, qkv)
     }
 

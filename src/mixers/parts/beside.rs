@@ -6,8 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::families::Architecture;
 use crate::mixers::Spec;
-use crate::mixers::linear::cast;
+use crate::mixers::linear::{cast, project};
 use crate::params::{Init, Param};
+
+const WEIGHTS: [&str; 2] = ["mix_window", "mix_linear"];
+const GATE: &str = "mix_gate.weight";
 
 /// Softmax over the last keys, added to the linear branch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -23,12 +26,15 @@ pub struct Beside {
     pub linear_weight: f64,
     /// Learn both weights, one pair per head.
     pub learn: bool,
+    /// Let each token change both weights of its row, by a factor between 0 and 2 that is learned from the layer's input:
+    /// a head that looks far back for some tokens only can then leave its window for them.
+    pub gate: bool,
 }
 
 impl Default for Beside {
     fn default() -> Self {
         // Near the window alone: what was softmax is still most of it.
-        Beside { size: 64, weight: 0.9, linear_weight: 0.1, learn: true }
+        Beside { size: 64, weight: 0.9, linear_weight: 0.1, learn: true, gate: false }
     }
 }
 
@@ -38,21 +44,27 @@ impl Beside {
         Beside { size: 0, ..Self::default() }
     }
 
-    /// `mix_window` and `mix_linear` [1, H, 1, 1], where they are learned.
+    /// `mix_window` and `mix_linear` [1, H, 1, 1] where they are learned, `mix_gate.weight` [2 H, N] where tokens gate
+    /// them: rows of the window first.
     pub fn specs(&self, a: &Architecture) -> Vec<Spec> {
-        if self.size == 0 || !self.learn {
-            return Vec::new();
+        let spec = |name, shape, start| Spec { name, shape, init: Init::Constant(start), scalar: true };
+        let mut specs = Vec::new();
+        if self.size > 0 && self.learn {
+            specs.push(spec(WEIGHTS[0], vec![1, a.heads, 1, 1], self.weight));
+            specs.push(spec(WEIGHTS[1], vec![1, a.heads, 1, 1], self.linear_weight));
         }
-        let spec =
-            |name, start| Spec { name, shape: vec![1, a.heads, 1, 1], init: Init::Constant(start), scalar: true };
-        vec![spec("mix_window", self.weight), spec("mix_linear", self.linear_weight)]
+        if self.size > 0 && self.gate {
+            specs.push(spec(GATE, vec![2 * a.heads, a.hidden], 0.0));
+        }
+        specs
     }
 
     /// The part with its tensors, which are the last of `params`.
     pub fn build(&self, params: &[Param]) -> Option<Mix> {
         let find = |name: &str| params.iter().find(|p| p.name.ends_with(name)).cloned();
-        let learned = find("mix_window").zip(find("mix_linear"));
-        (self.size > 0).then_some(Mix { size: self.size, weights: [self.weight, self.linear_weight], learned })
+        let learned = find(WEIGHTS[0]).zip(find(WEIGHTS[1]));
+        let weights = [self.weight, self.linear_weight];
+        (self.size > 0).then_some(Mix { size: self.size, weights, learned, gate: find(GATE) })
     }
 
     /// Bytes of the keys and values it holds, `element` bytes each.
@@ -62,7 +74,8 @@ impl Beside {
 
     /// Multiply-adds times two per token.
     pub fn flops(&self, a: &Architecture, seq_len: usize) -> f64 {
-        4.0 * self.size.min(seq_len) as f64 * (a.heads * a.head_dim) as f64
+        let gate = if self.gate { 4.0 * (a.heads * a.hidden) as f64 } else { 0.0 };
+        gate + 4.0 * self.size.min(seq_len) as f64 * (a.heads * a.head_dim) as f64
     }
 }
 
@@ -71,11 +84,24 @@ pub struct Mix {
     pub size: usize,
     weights: [f64; 2],
     learned: Option<(Param, Param)>,
+    gate: Option<Param>,
 }
 
 impl Mix {
-    /// The weighted sum of the window's and the linear branch's output [B, T, H, V].
-    pub fn add(&self, window: &Tensor, linear: &Tensor) -> Result<Tensor> {
+    /// The weighted sum of the window's and the linear branch's output [B, T, H, V] of the layer's input `x` [B, T, N].
+    pub fn add(&self, x: &Tensor, window: &Tensor, linear: &Tensor) -> Result<Tensor> {
+        let (gated_window, gated_linear);
+        let (window, linear) = match &self.gate {
+            None => (window, linear),
+            Some(weight) => {
+                let factors = (project(x, weight)? * 0.5)?.tanh()? + 1.0; // twice the logistic function
+                let factors = factors?.to_dtype(linear.dtype())?.unsqueeze(3)?; // [B, T, 2 H, 1]
+                let heads = linear.dim(2)?;
+                gated_window = window.broadcast_mul(&factors.narrow(2, 0, heads)?)?;
+                gated_linear = linear.broadcast_mul(&factors.narrow(2, heads, heads)?)?;
+                (&gated_window, &gated_linear)
+            }
+        };
         match &self.learned {
             Some((w, l)) => {
                 let by_head = |p: &Param| cast(p, linear)?.reshape((1, 1, (), 1));
