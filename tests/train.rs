@@ -365,8 +365,8 @@ fn whole_graph(s: &Setup, loss: &recipe::Loss, noise: Option<u64>) -> Result<Ten
     Ok((rows * &mask)?.sum_all()?.div(&mask.sum_all()?)?)
 }
 
-/// One block at a time, recomputed, gives the gradients of one graph; with dropout the recomputation sees the same
-/// masks.
+/// One block at a time, its graph kept or computed again, gives the gradients of one graph; with dropout the
+/// recomputation sees the same masks.
 #[test]
 fn recovery_gradients_equal_one_graph() -> Result {
     let mut s = setup()?;
@@ -385,7 +385,7 @@ fn recovery_gradients_equal_one_graph() -> Result {
         s.prepare(&stage, 9)?;
         let what = format!("dropout {dropout}, KL {logit_kl}, {train:?}");
         let dropout = if train.contains(&"lora") { dropout } else { 0.0 };
-        let mut task = Recover::new(&s.decoder, &s.teacher, &s.student, &stage, 4, 17);
+        let mut task = Recover::new(&s.decoder, &s.teacher, &s.student, &stage, (4, 2), 17);
         let params = task.params();
         assert_eq!(params.len(), count, "{what}");
         let (losses, got) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
@@ -394,6 +394,14 @@ fn recovery_gradients_equal_one_graph() -> Result {
         let store = loss.backward()?;
         let wanted: Vec<Tensor> = params.iter().map(|p| store.get(&p.var).cloned().unwrap()).collect();
         same(&what, &params, &got, &wanted, 1e-4);
+        for kept in [3, 0] {
+            let mut task = Recover::new(&s.decoder, &s.teacher, &s.student, &stage, (4, kept), 17);
+            let (_, got) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
+            same(&format!("{what}, {kept} graphs kept"), &params, &got, &wanted, 1e-4);
+            assert_eq!((task.slim(), task.slim()), (kept > 0, false));
+            let (_, slim) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
+            same(&format!("{what}, slim"), &params, &slim, &wanted, 1e-4);
+        }
 
         // Other positions draw other masks, the same position the same.
         let (_, again) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
@@ -454,7 +462,7 @@ fn accumulation_equals_the_whole_batch() -> Result {
                 4,
                 1,
             )),
-            false => Box::new(Recover::new(&s.decoder, &s.teacher, &s.student, &stage, 4, 1)),
+            false => Box::new(Recover::new(&s.decoder, &s.teacher, &s.student, &stage, (4, 1), 1)),
         };
         let params = task.params();
         let (_, whole) = gradients(task.as_mut(), &[(s.rows(0, 4)?, 1.0)], 0)?;

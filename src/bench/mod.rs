@@ -30,7 +30,7 @@ pub struct Bench<'a> {
     pub dtype: DType,
     pub batch: usize,
     pub seq_len: usize,
-    /// Sequences at once, of the `batch` of a training step.
+    /// Sequences at once, of the `batch` of a training step; 0 is what the plan says.
     pub micro_batch: usize,
     /// Timed repetitions.
     pub repeats: usize,

@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::{Bench, Row, Work, forget_peak, peak, time};
+use crate::convert::plan::{self, PlanDevice};
 use crate::convert::recover::Recover;
 use crate::convert::swap::swap;
 use crate::convert::trained::prepare;
@@ -38,11 +39,20 @@ impl Bench<'_> {
         Ok(swap(&self.architecture, self.recipe.mixer.design(), &all, 0, &self.device)?)
     }
 
-    /// The recipe's first stage of a kind.
-    fn stage(&self, kind: &str, fits: fn(&Stage) -> bool) -> Result<(&str, &Stage)> {
-        self.recipe.in_order().find(|(_, stage)| fits(stage)).ok_or_else(|| {
+    /// The recipe's first stage of a kind, in steps of this size, and its plan.
+    fn stage(&self, kind: &str, fits: fn(&Stage) -> bool) -> Result<(Stage, plan::Stage)> {
+        let mut recipe = self.recipe.clone();
+        for stage in recipe.stage.values_mut() {
+            (stage.batch, stage.seq_len, stage.micro_batch) = (self.batch, self.seq_len, self.micro_batch);
+        }
+        let all: Vec<usize> = (0..self.architecture.layers).collect();
+        let planned = plan::stages(&self.architecture, &recipe, &all, PlanDevice::from(&self.device));
+        let found = recipe.in_order().find(|(_, stage)| fits(stage));
+        let found =
+            found.and_then(|(name, stage)| Some((stage.clone(), planned.into_iter().find(|p| p.name == name)?)));
+        found.ok_or_else(|| {
             let listed = self.recipe.stages.join(", ");
-            Error::new(Kind::Usage, format!("no stage of the recipe ({listed}) has {kind}"))
+            Error::new(Kind::Usage, format!("no stage of the recipe ({listed}) trains on {kind}"))
                 .hint("leave this measurement out, or name another recipe")
         })
     }
@@ -63,11 +73,17 @@ impl Bench<'_> {
     }
 
     /// Median time of one optimiser step of `task`.
-    fn step(&self, what: &str, task: &mut dyn Task, lr: f64, work: Work) -> Result<Row> {
+    fn step(
+        &self,
+        what: &str,
+        task: &mut dyn Task,
+        (stage, planned): (&Stage, &plan::Stage),
+        work: Work,
+    ) -> Result<Row> {
         let params = task.params();
-        let mut optimizer = AdamW::new(&params, &Stage::default().optimizer)?;
+        let mut optimizer = AdamW::new(&params, &stage.optimizer)?;
         let peaks = vec![1.0; params.len()];
-        let micro = self.micro_batch.clamp(1, self.batch);
+        let (micro, what) = (planned.micro_batch, format!("step of `{}`, {what}", planned.name));
         let mut clock = Clock::new(Spent::default(), &self.device, false);
         let mut run = || -> Result<()> {
             let mut grads = Grads(vec![None; params.len()]);
@@ -84,8 +100,8 @@ impl Bench<'_> {
                 let message = format!("`{}` has no gradient", params[i].name);
                 return Err(Error::new(Kind::Unexpected, message));
             }
-            let update = optimizer.update(&params, &grads.0, lr, &peaks)?;
-            update.check(&params, what, optimizer.steps)?;
+            let update = optimizer.update(&params, &grads.0, stage.lr, &peaks)?;
+            update.check(&params, &what, optimizer.steps)?;
             if let Some(losses) = last
                 && let Some(bad) = losses.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().find(|l| !l.is_finite())
             {
@@ -107,7 +123,7 @@ pub fn teacher(b: &Bench) -> Result<Row> {
     let net = Net::teacher(&b.architecture);
     forget_peak(&b.device);
     let seconds = time(&b.device, b.repeats, 1, || {
-        let micro = b.micro_batch.clamp(1, b.batch);
+        let micro = plan::micro_batch(b.batch, b.micro_batch, b.seq_len, PlanDevice::from(&b.device));
         for from in (0..b.batch).step_by(micro) {
             let batch = b.random_batch(micro.min(b.batch - from))?;
             decoder.hidden(&batch.inputs, &net)?;
@@ -122,27 +138,30 @@ pub fn teacher(b: &Bench) -> Result<Row> {
 
 /// One optimiser step of the recipe's first layer-wise stage, every layer converted.
 pub fn transfer(b: &Bench) -> Result<Row> {
-    let (name, stage) = b.stage("a layer-wise loss", |s| s.loss.layer_wise())?;
+    let (stage, planned) = b.stage("a layer-wise loss", |s| s.loss.layer_wise())?;
     let (decoder, mut student, a) = (b.decoder()?, b.student()?, &b.architecture);
-    prepare(&mut student, stage, a, 0, &b.device)?;
+    prepare(&mut student, &stage, a, 0, &b.device)?;
     let teacher = Net::teacher(a);
-    let alone = Student { name: "", net: &student, stage };
-    let mut task = Transfer::new(&decoder, &teacher, &[alone], b.micro_batch, 0);
+    let alone = Student { name: "", net: &student, stage: &stage };
+    let mut task = Transfer::new(&decoder, &teacher, &[alone], planned.micro_batch, 0);
     let work = Work { flops: b.block_flops() * b.tokens(), bytes: 0.0, tokens: b.tokens() };
-    b.step(&format!("step of `{name}`, layer by layer"), &mut task, stage.lr, work)
+    b.step("layer by layer", &mut task, (&stage, &planned), work)
 }
 
 /// One optimiser step of the recipe's first stage on the whole student.
 pub fn recover(b: &Bench) -> Result<Row> {
-    let (name, stage) = b.stage("a loss of the whole student", |s| s.loss.whole_model())?;
+    let (stage, planned) = b.stage("the whole student's loss", |s| s.loss.whole_model())?;
     let (decoder, mut student, a) = (b.decoder()?, b.student()?, &b.architecture);
-    prepare(&mut student, stage, a, 0, &b.device)?;
+    prepare(&mut student, &stage, a, 0, &b.device)?;
     let teacher = Net::teacher(a);
-    let mut task = Recover::new(&decoder, &teacher, &student, stage, b.micro_batch, 0);
-    // Forward, recomputation and the gradient of every activation; the head without recomputation.
+    let memory = (planned.micro_batch, planned.kept);
+    let mut task = Recover::new(&decoder, &teacher, &student, &stage, memory, 0);
+    // What cannot be avoided: forward and the gradient of every activation, and the teacher's forward where it is asked.
     let head = 2.0 * (a.vocab * a.hidden) as f64;
-    let work = Work { flops: (3.0 * b.block_flops() + 2.0 * head) * b.tokens(), bytes: 0.0, tokens: b.tokens() };
-    b.step(&format!("step of `{name}`, whole student"), &mut task, stage.lr, work)
+    let passes = if stage.loss.logit_kl > 0.0 { 3.0 } else { 2.0 };
+    let work = Work { flops: passes * (b.block_flops() + head) * b.tokens(), bytes: 0.0, tokens: b.tokens() };
+    let what = format!("whole student, {} of {} graphs kept", planned.kept, a.layers);
+    b.step(&what, &mut task, (&stage, &planned), work)
 }
 
 /// One-token steps of the converted model, a batch of sequences at once. The state does not grow, so a short prompt

@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use margay::bench::{self, Bench as Run, Row, shapes};
 use margay::convert::load::compute_dtype;
-use margay::convert::plan::{PlanDevice, Section, bytes, heads, micro_batch};
+use margay::convert::plan::{Section, bytes, heads};
 use margay::error::Result;
 use margay::recipe::Recipe;
 use serde_json::json;
@@ -70,7 +70,7 @@ impl Bench {
         let dtype = compute_dtype(&device);
         let ceilings = bench::ceilings(&device, dtype)?;
         let run = Run {
-            micro_batch: micro_batch(self.batch, self.micro_batch, self.seq_len, PlanDevice::from(&device)),
+            micro_batch: self.micro_batch,
             architecture,
             recipe: Recipe::load(&self.recipe, &self.set)?.recipe,
             device,
@@ -117,7 +117,7 @@ impl Bench {
             [
                 ("shape", format!("{}, {} layers", self.shape, run.architecture.layers)),
                 ("recipe", self.recipe.clone()),
-                ("step", format!("{} sequences of {}, {} at once", run.batch, run.seq_len, run.micro_batch)),
+                ("step", format!("{} sequences of {}", run.batch, run.seq_len)),
                 ("device", format!("{:?}, {}", run.device.location(), dtype.as_str())),
                 ("copy", format!("{:.0} GB/s", ceilings.copy_gb_s)),
                 ("products", format!("{:.1} TFLOP/s", ceilings.matmul_tflops)),

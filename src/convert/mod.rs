@@ -207,7 +207,10 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
                     let alone = Student { name, net: &student, stage };
                     Box::new(Transfer::new(&decoder, &teacher, &[alone], micro_batch, seed))
                 }
-                false => Box::new(Recover::new(&decoder, &teacher, &student, stage, micro_batch, seed)),
+                false => {
+                    let memory = (micro_batch, planned.kept);
+                    Box::new(Recover::new(&decoder, &teacher, &student, stage, memory, seed))
+                }
             };
             let training = Training { planned, groups: &[stage], seed, timed: options.timed };
             outcomes.push((*name, training.run(task.as_mut(), &texts, Some(&run), progress)?));

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use safetensors::Dtype;
 use serde::Serialize;
 
-pub use cost::{Memory, PlanDevice, Stage, micro_batch, steps};
+pub use cost::{Memory, PlanDevice, Stage, micro_batch, stages, steps};
 pub use table::{Section, bytes, count, heads, ranges};
 
 use super::load::{Description, Linearization, tensor_name};

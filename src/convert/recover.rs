@@ -1,8 +1,9 @@
 //! Whole-model stages: the student at its end, on next-token loss and, where asked for, the divergence from the teacher's
 //! logits.
 //!
-//! The forward pass keeps only the input of each block. The backward pass rebuilds one block's graph at a time from that
-//! input, so one block's graph is alive at once. Teacher and student share the frozen weights; logits are never kept.
+//! The forward pass keeps the graphs of as many of the last blocks as the plan has room for, of the others only the input.
+//! The backward pass rebuilds their graphs from it, one at a time. Teacher and student share the frozen weights; logits
+//! are never kept.
 
 use candle_core::{DType, Tensor, Var};
 
@@ -11,6 +12,7 @@ use crate::data::{Batch, Split};
 use crate::error::Result;
 use crate::model::{Decoder, Net};
 use crate::ops::head_loss::{Sums, Target, head_loss, measure};
+use crate::ops::loss::with_gradient;
 use crate::params::Param;
 use crate::recipe;
 use crate::train::clock::{Clock, Span};
@@ -22,21 +24,30 @@ pub struct Recover<'a> {
     student: &'a Net,
     stage: &'a recipe::Stage,
     micro_batch: usize,
+    /// Blocks, the last ones, whose graphs are kept.
+    kept: usize,
     seed: u64,
     trained: Vec<Trained>,
 }
 
+/// A block's input [B, T, N], and its output with the graph between them where that is kept.
+struct Passed {
+    x: Var,
+    y: Option<Tensor>,
+}
+
 impl<'a> Recover<'a> {
-    /// `student` was [prepared](super::trained::prepare) for `stage`. `seed` seeds dropout.
+    /// `student` was [prepared](super::trained::prepare) for `stage`. `kept` counts the blocks whose graphs are kept;
+    /// `seed` seeds dropout.
     pub fn new(
         decoder: &'a Decoder,
         teacher: &'a Net,
         student: &'a Net,
         stage: &'a recipe::Stage,
-        micro_batch: usize,
+        (micro_batch, kept): (usize, usize),
         seed: u64,
     ) -> Self {
-        Recover { decoder, teacher, student, stage, micro_batch, seed, trained: trained(student, stage) }
+        Recover { decoder, teacher, student, stage, micro_batch, kept, seed, trained: trained(student, stage) }
     }
 
     /// The last hidden state of the teacher, where the loss needs it.
@@ -83,40 +94,51 @@ impl Task for Recover<'_> {
         }
 
         let layers = student.mixers.len();
-        let mut inputs = vec![decoder.embed(ids)?]; // of every block, and the last output: [B, T, N]
+        let mut passed = Vec::with_capacity(layers);
+        let mut stream = decoder.embed(ids)?; // [B, T, N]
         for (layer, mixer) in student.mixers.iter().enumerate() {
-            let y = decoder.block(layer).forward(&inputs[layer], mixer.as_ref(), &tables, lora, noise)?;
-            inputs.push(y.detach());
+            let x = Var::from_tensor(&stream)?;
+            // Nothing before the first block trains: its input needs no gradient.
+            let input = if layer == 0 { stream } else { x.as_tensor().clone() };
+            let y = decoder.block(layer).forward(&input, mixer.as_ref(), &tables, lora, noise)?;
+            stream = y.detach();
+            passed.push(Passed { x, y: (layer + self.kept >= layers).then_some(y) });
         }
 
-        let last = Var::from_tensor(&inputs[layers])?;
+        let last = Var::from_tensor(&stream)?;
+        drop(stream);
         let hidden = decoder.final_norm(&last)?.flatten(0, 1)?;
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
         let tokens = batch.targets.flatten_all()?;
         let target = self.target(&tokens, mask.as_ref(), teacher.as_ref());
         let loss = head_loss(&hidden, &decoder.head, &target)?;
         let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
-        let mut store = loss.backward()?;
-        let mut gradient = store.remove(&last);
+        let mut gradient = loss.backward()?.remove(&last);
 
-        for layer in (0..layers).rev() {
-            let Some(from_above) = gradient.take() else { break };
-            let x = Var::from_tensor(&inputs[layer])?;
-            // Nothing before the first block trains: its input needs no gradient.
-            let input = if layer == 0 { inputs[0].clone() } else { x.as_tensor().clone() };
-            let mixer = student.mixers[layer].as_ref();
-            let mut store =
-                decoder.block(layer).pull_back(&input, mixer, &tables, lora, noise, &from_above)?.backward()?;
+        while let (Some(Passed { x, y }), Some(from_above)) = (passed.pop(), gradient.take()) {
+            let layer = passed.len();
+            let pulled = match y {
+                Some(y) => with_gradient(&y, Tensor::zeros((), DType::F32, y.device())?, from_above)?,
+                None => {
+                    let input = if layer == 0 { x.as_detached_tensor() } else { x.as_tensor().clone() };
+                    let mixer = student.mixers[layer].as_ref();
+                    decoder.block(layer).pull_back(&input, mixer, &tables, lora, noise, &from_above)?
+                }
+            };
+            let mut store = pulled.backward()?;
             gradient = store.remove(&x);
             for (slot, trained) in self.trained.iter().enumerate().filter(|(_, t)| t.layer == layer) {
                 if let Some(g) = store.get(&trained.param.var) {
                     grads.add(slot, g, share)?;
                 }
             }
-            inputs.truncate(layer + 1);
         }
         clock.lap(Span::Student(0))?;
         Ok(value)
+    }
+
+    fn slim(&mut self) -> bool {
+        std::mem::take(&mut self.kept) > 0
     }
 
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>> {

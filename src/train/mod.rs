@@ -47,6 +47,10 @@ pub trait Task {
         grads: &mut Grads,
         clock: &mut Clock,
     ) -> Result<Tensor>;
+    /// Gives up memory that only saved time; false where there is none to give.
+    fn slim(&mut self) -> bool {
+        false
+    }
     /// Losses of the parts on validation data.
     fn evaluate(&mut self, valid: &Split) -> Result<Vec<f64>>;
     /// The part a parameter belongs to: best weights are kept per part, since parts that share no parameter improve on
@@ -211,6 +215,10 @@ pub fn run(
         let rows = train.draw(settings.seed, drawn, settings.batch);
         let (losses, mut grads) = loop {
             match accumulate(task, &params, train, &rows, drawn, micro_batch, &mut clock) {
+                Err(e) if e.kind == Kind::Memory && task.slim() => progress.warn(&format!(
+                    "`{stage}` ran out of memory (planned: {}); going on slower, with all graphs computed again",
+                    bytes(settings.memory)
+                )),
                 Err(e) if e.kind == Kind::Memory && micro_batch > 1 => {
                     micro_batch = micro_batch.div_ceil(2);
                     progress.warn(&format!(

@@ -11,7 +11,7 @@
 //! | layer-wise, where q, k, v are changed | 2 per parameter of theirs: the student's own |
 //! | layer-wise after `o_proj` | 6 per parameter of it: teacher, student, gradient of the input |
 //! | layer-wise, changes of projections | 6 per parameter: forward, gradients of both sides |
-//! | whole model, blocks | 6 per parameter: forward, recomputation, gradient of the input |
+//! | whole model, blocks | 6 per parameter: forward, recomputation, gradient of the input; 4 where the graph was kept |
 //! | whole model, changes of projections | 8 per parameter: the same, and their own gradient |
 //! | whole model, attention | 5 x the mixer's: forward, recomputation, again in the backward pass, gradient (2) |
 //! | whole model, head | 4 per parameter, 6 with KL |
@@ -30,6 +30,9 @@
 //! | whole model, graph of one block | 6 N + 3 P + Q + 2 E + 3 I, and three more outputs for each changed projection |
 //! | whole model, its gradients | 3 N + the larger of 5 I and Q + P + 6 E |
 //! | verify, a layer of one sequence | as layer-wise |
+//!
+//! Blocks whose graphs fit into six tenths of the weights' memory (at least 1 GiB, 8 GiB on a GPU) are not computed again.
+//! A smaller micro-batch would keep more of them, but loses more in the products than it saves.
 //!
 //! Verification holds three models: the student, the export and the teacher.
 //!
@@ -104,6 +107,8 @@ pub struct Stage {
     pub batch: usize,
     /// Sequences at once.
     pub micro_batch: usize,
+    /// Blocks, the last ones, whose graphs are kept for the backward pass instead of being computed again.
+    pub kept: usize,
     /// Multiply-adds times two of all steps.
     pub flops: f64,
     pub memory: Memory,
@@ -116,7 +121,7 @@ pub struct Memory {
     pub weights: u64,
     /// What trains, in f32: parameter, gradient, two moments and the best so far; what is new and rests once.
     pub optimizer: u64,
-    /// Inputs kept for recomputation.
+    /// Inputs of blocks kept for recomputation, and graphs kept in its stead.
     pub inputs: u64,
     /// The larger of one block's graph with its gradients and one block of logits.
     pub working: u64,
@@ -138,6 +143,11 @@ struct Widths {
     features: u64,
     /// Of the mixer's plain operations in training.
     graph: u64,
+}
+
+/// What the stages of a recipe would cost that is applied to these layers.
+pub fn stages(a: &Architecture, recipe: &recipe::Recipe, converted: &[usize], device: PlanDevice) -> Vec<Stage> {
+    Costs::new(a, recipe.mixer.design(), converted, device).stages(recipe, None)
 }
 
 /// What the costs of the stages follow from.
@@ -181,9 +191,7 @@ impl<'a> Costs<'a> {
             if tokens == 0 || changing + mixers == 0 {
                 continue;
             }
-            let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
-            let cost =
-                if s.loss.layer_wise() { self.layer_wise(s, &now, micro) } else { self.whole_model(s, &now, micro) };
+            let cost = if s.loss.layer_wise() { self.layer_wise(s, &now) } else { self.whole_model(s, &now) };
             let (trainable, existing) = (changing + mixers, now.elements() + self.new);
             let optimizer = 4 * (5 * trainable + existing - trainable);
             let (steps, tokens_per_step) = (steps(tokens, s.batch, s.seq_len), (s.batch * s.seq_len) as u64);
@@ -196,7 +204,8 @@ impl<'a> Costs<'a> {
                 tokens_per_step,
                 seq_len: s.seq_len,
                 batch: s.batch,
-                micro_batch: micro,
+                micro_batch: cost.micro_batch,
+                kept: cost.kept,
                 flops: cost.flops_per_token * (steps * tokens_per_step) as f64,
                 memory: Memory::new(self.weights(), optimizer, cost.inputs, cost.working + self.casts(&now)),
             });
@@ -205,7 +214,8 @@ impl<'a> Costs<'a> {
         found
     }
 
-    fn layer_wise(&self, s: &recipe::Stage, changes: &Changes, micro: usize) -> Cost {
+    fn layer_wise(&self, s: &recipe::Stage, changes: &Changes) -> Cost {
+        let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
         let (a, w, count) = (self.a, &self.widths, self.converted.len() as f64);
         let heads = [Projection::Q, Projection::K, Projection::V];
         let packed = heads.iter().map(|p| elements(a, *p)).sum::<u64>() as f64;
@@ -225,6 +235,8 @@ impl<'a> Costs<'a> {
         };
         let more = if own > 0 { w.hidden + 3 * w.packed } else { 0 } + if s.loss.hidden() { 4 * w.hidden } else { 0 };
         Cost {
+            micro_batch: micro,
+            kept: 0,
             flops_per_token: frozen + teacher + student + output + changed,
             inputs: 0,
             working: self.activations(micro, s.seq_len, self.layer(more + w.graph))
@@ -232,7 +244,7 @@ impl<'a> Costs<'a> {
         }
     }
 
-    fn whole_model(&self, s: &recipe::Stage, changes: &Changes, micro: usize) -> Cost {
+    fn whole_model(&self, s: &recipe::Stage, changes: &Changes) -> Cost {
         let (a, w) = (self.a, &self.widths);
         let (layers, converted) = (a.layers as u64, self.converted.len() as u64);
         let taught = s.loss.logit_kl > 0.0;
@@ -258,10 +270,26 @@ impl<'a> Costs<'a> {
             + s.lora_targets().iter().map(low_rank).sum::<u64>();
         let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
         let squares = if self.device == PlanDevice::Cuda { self.plain_squares(16) } else { 0 };
-        let block = self.activations(micro, s.seq_len, graph + gradients) + self.squares(micro, s.seq_len, squares);
+        let graphs = |micro: usize| self.activations(micro, s.seq_len, graph) + self.squares(micro, s.seq_len, squares);
+
+        let least = match self.device {
+            PlanDevice::Cpu => 1 << 30,
+            PlanDevice::Cuda => 8 << 30,
+        };
+        let room = (self.weights() * 3 / 5).max(least);
+        let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
+        let kept = (room / graphs(micro).max(1)).min(layers);
+
+        let again = (layers - kept) as f64 / layers as f64;
+        let passes = |once: f64, more: f64| once + again * more;
+        let changed = passes(6.0, 2.0) * changes.elements() as f64;
+        let block = graphs(micro) * (kept < layers) as u64 + self.activations(micro, s.seq_len, gradients);
+        let inputs = self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden);
         Cost {
-            flops_per_token: 6.0 * blocks + 8.0 * changes.elements() as f64 + 5.0 * attention + head + teacher,
-            inputs: self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden),
+            micro_batch: micro,
+            kept: kept as usize,
+            flops_per_token: passes(4.0, 2.0) * blocks + changed + passes(4.0, 1.0) * attention + head + teacher,
+            inputs: inputs + kept * graphs(micro),
             working: block.max(self.logits(micro * s.seq_len, taught)),
         }
     }
@@ -328,6 +356,8 @@ impl<'a> Costs<'a> {
 
 /// What a stage does and holds, beside weights and training state.
 struct Cost {
+    micro_batch: usize,
+    kept: usize,
     flops_per_token: f64,
     /// Bytes.
     inputs: u64,

@@ -153,6 +153,7 @@ fn stages(list: &[Stage], verify: &Memory) -> Section {
             s.steps.to_string(),
             s.batch.to_string(),
             s.micro_batch.to_string(),
+            if s.layer_wise { String::new() } else { s.kept.to_string() },
             s.seq_len.to_string(),
             scaled(s.flops, "FLOP"),
         ]
@@ -160,18 +161,19 @@ fn stages(list: &[Stage], verify: &Memory) -> Section {
     let holds = |m: &Memory| [m.total, m.weights, m.optimizer, m.inputs, m.working].map(bytes);
     let mut columns = vec![("", STAGE_ROWS.map(String::from).to_vec())];
     columns.extend(list.iter().map(|s| (s.name.as_str(), [&trains(s)[..], &holds(&s.memory)].concat())));
-    columns.push(("verify", [vec![String::new(); 7], holds(verify).to_vec()].concat()));
+    columns.push(("verify", [vec![String::new(); 8], holds(verify).to_vec()].concat()));
     let row = |i: usize| columns.iter().map(|(_, cells)| cells[i].clone()).collect();
     let rows = (0..STAGE_ROWS.len()).map(row).collect();
     Section { title: "Stages", columns: columns.iter().map(|(head, _)| head.to_string()).collect(), rows }
 }
 
-const STAGE_ROWS: [&str; 12] = [
+const STAGE_ROWS: [&str; 13] = [
     "trains",
     "tokens",
     "steps",
     "sequences per step",
     "at once",
+    "graphs kept",
     "tokens per sequence",
     "operations",
     "memory",

@@ -75,7 +75,7 @@ pub(super) fn scores(s: &Selection, run: &mut RunDir, progress: &dyn Progress) -
     };
     let kl = quality(s.student, Some(s.teacher), s.valid, &Silent)?.kl.unwrap_or_default();
     let mut task = Gates {
-        inner: Recover::new(decoder, s.teacher.net, &net, &stage, s.micro_batch, s.seed),
+        inner: Recover::new(decoder, s.teacher.net, &net, &stage, (s.micro_batch, 0), s.seed),
         gated: Subject { decoder, net: &net },
         teacher: s.teacher,
         scale: 1.0 / kl.max(1e-9),
