@@ -1,7 +1,8 @@
 //! Writes the converted model as a self-contained Hugging Face folder.
 //!
 //! Kept tensors are copied byte for byte from the source under their own names, merged ones are rounded once to the
-//! source's precision, new ones stand beside them in f32. `config.json` says every number that shapes the model.
+//! source's precision, new ones stand beside them in f32. `config.json` says every number that shapes the model, and names
+//! the two Python files beside it, through which transformers loads the folder.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -145,6 +146,11 @@ pub fn export(
         Ok(())
     };
     put("config.json", &config(model, linearization)?)?;
+    if linearization.is_some() {
+        for (name, text) in PYTHON {
+            put(name, text.as_bytes())?;
+        }
+    }
     let mut generation = false;
     for path in checkpoint.side_files() {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -188,9 +194,27 @@ fn config(model: &Model, linearization: Option<&Linearization>) -> Result<Vec<u8
     let mut config = checkpoint.headers().config.object().clone();
     config.insert("architectures".into(), json!(["MargayForCausalLM"]));
     config.insert("model_type".into(), json!("margay"));
-    config.insert("linearization".into(), json!(l));
+    config.insert("auto_map".into(), json!(AUTO_MAP.into_iter().collect::<BTreeMap<_, _>>()));
+    let mut linearization = json!(l);
+    let architecture = model.architecture();
+    let tensors = l.mixer.design().specs(architecture).into_iter().map(|s| (s.name, s.shape));
+    linearization["tensors"] = json!(tensors.collect::<BTreeMap<_, _>>());
+    linearization["norm_eps"] = json!(architecture.norm_eps);
+    config.insert("linearization".into(), linearization);
     Ok(pretty(&Value::Object(config)))
 }
+
+/// The model in PyTorch, for transformers: the same for every family and mixer.
+const PYTHON: [(&str, &str); 2] = [
+    ("configuration_margay.py", include_str!("configuration_margay.py")),
+    ("modeling_margay.py", include_str!("modeling_margay.py")),
+];
+
+/// Which class of them is which, as transformers looks it up.
+const AUTO_MAP: [(&str, &str); 2] = [
+    ("AutoConfig", "configuration_margay.MargayConfig"),
+    ("AutoModelForCausalLM", "modeling_margay.MargayForCausalLM"),
+];
 
 /// Only what generation needs to know, from the model's own configuration.
 fn generation_config(config: &Map<String, Value>) -> Vec<u8> {
