@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use margay::convert::export::{Parts, export};
+use margay::convert::export::{Parts, Shape, export};
 use margay::convert::load::{Linearization, Model};
 use margay::convert::swap::swap;
 use margay::evaluate::Subject;
@@ -85,8 +85,9 @@ impl Case {
 
     /// Writes the export and what margay makes of it: logits of a text, and the text it goes on with.
     fn write(&self, dir: &Path) {
+        let shape = Shape { dtype: None, max_shard_bytes: 1 << 30 };
         let parts = Parts { model: &self.model, decoder: &self.decoder, student: &self.net, merged: &[] };
-        export(&parts, Some(&self.linearization), 1 << 30, dir, &Silent).unwrap();
+        export(&parts, Some(&self.linearization), &shape, dir, &Silent).unwrap();
         let vocab = self.model.architecture().vocab as u32;
         let ids: Vec<u32> = (0..150u32).map(|i| 2 + (i * i * 31 + i * 7 + 11) % (vocab - 2)).collect();
         let all = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();

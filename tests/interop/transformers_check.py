@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 PROMPT = 90
+torch.set_num_threads(1)  # tensors are too small to share
 
 
 def difference(found, wanted):

@@ -4,92 +4,30 @@
 //! source's precision, new ones stand beside them in f32. `config.json` says every number that shapes the model, and names
 //! the two Python files beside it, through which transformers loads the folder.
 
+//!
+//! [`formats`] writes the same for other programs.
+
+pub mod adapter;
+pub mod formats;
+mod liger;
+pub mod lolcats;
+mod manifest;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use safetensors::Dtype;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::load::{Linearization, Model};
 use crate::checkpoint::writer::{self, Data, Entry, Written, write_atomic};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::families::{Claim, Role};
 use crate::model::{Decoder, Net};
 use crate::progress::Progress;
 
-/// `margay.json`: what an export is, where it came from, what it reached.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Manifest {
-    pub margay: String,
-    pub source: String,
-    pub revision: Option<String>,
-    /// The full recipe and the text it was read from.
-    pub recipe: crate::recipe::Recipe,
-    pub recipe_origin: String,
-    pub data: Value,
-    /// Layers converted and kept, tensors of each fate, and the dropped ones.
-    #[serde(default)]
-    pub plan: Value,
-    pub seconds: f64,
-    /// Outcome of each stage that ran, in order, with losses per layer.
-    pub stages: Map<String, Value>,
-    pub merged: Option<super::merge::Merged>,
-    /// Type and shape of every tensor.
-    pub tensors: BTreeMap<String, (String, Vec<usize>)>,
-    pub files: Vec<FileRow>,
-    /// A prompt and what the converted model in memory answered, to check a reopened one against.
-    pub reference: Option<Reference>,
-    pub verify: Option<Value>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct FileRow {
-    pub file: String,
-    pub bytes: u64,
-    pub sha256: String,
-}
-
-/// Logits of the last position of a prompt.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Reference {
-    pub ids: Vec<u32>,
-    /// The most likely tokens and their logits.
-    pub top: Vec<(u32, f32)>,
-}
-
-impl Manifest {
-    pub const FILE: &'static str = "margay.json";
-
-    /// The manifest of an exported folder, `None` where there is none.
-    pub fn read(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(Self::FILE);
-        let text = match std::fs::read(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io("read", &path, e)),
-        };
-        serde_json::from_slice(&text).map(Some).map_err(|e| {
-            Error::new(Kind::Checkpoint, format!("`{}`: {e}", path.display())).hint("written by another version?")
-        })
-    }
-
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        write_atomic(&dir.join(Self::FILE), &pretty(&json!(self)))
-    }
-}
-
-/// Logits of a model for a prompt, as [`Reference`] keeps them.
-pub fn reference(decoder: &Decoder, net: &Net, ids: &[u32]) -> Result<Reference> {
-    let hidden = decoder.hidden(&Tensor::new(ids, &decoder.device)?.unsqueeze(0)?, net)?;
-    let last = hidden.narrow(1, ids.len() - 1, 1)?.flatten(0, 1)?.contiguous()?;
-    let logits = decoder.logits(&last)?.squeeze(0)?.to_vec1::<f32>()?;
-    let mut top: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, z)| (i as u32, *z)).collect();
-    top.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    top.truncate(16);
-    Ok(Reference { ids: ids.to_vec(), top })
-}
+pub use manifest::{FileRow, Manifest, Reference, reference};
 
 /// What an export is made from.
 pub struct Parts<'a> {
@@ -102,31 +40,28 @@ pub struct Parts<'a> {
     pub merged: &'a [String],
 }
 
+/// How a folder is written.
+pub struct Shape {
+    /// Tensors of the base model are rounded to this, `None` leaves them as they are.
+    pub dtype: Option<Dtype>,
+    pub max_shard_bytes: u64,
+}
+
 /// Writes shards, configuration and side files into `dir`; the manifest comes later, with the verify table.
 pub fn export(
     parts: &Parts,
     linearization: Option<&Linearization>,
-    max_shard_bytes: u64,
+    shape: &Shape,
     dir: &Path,
     progress: &dyn Progress,
 ) -> Result<Vec<FileRow>> {
     let Parts { model, decoder, student, merged } = *parts;
-    let checkpoint = &model.checkpoint;
-    let headers = checkpoint.headers();
-    let mut entries = Vec::new();
-    for (name, claim) in &model.description.claims {
-        if matches!(claim, Claim::Dropped | Claim::Mixer) {
-            continue;
+    let mut entries = base_entries(model, shape.dtype)?;
+    for entry in entries.iter_mut().filter(|e| merged.contains(&e.name)) {
+        if let Some(Claim::Reads(Role::Weight(layer, p))) = model.description.claims.get(&entry.name) {
+            let (layer, p, dtype) = (*layer, *p, entry.dtype);
+            entry.data = Data::Lazy(Box::new(move || writer::tensor_bytes(&decoder.block(layer).weight(p)?, dtype)));
         }
-        let info = headers.info(name)?;
-        let data = match claim {
-            Claim::Reads(Role::Weight(layer, p)) if merged.contains(name) => {
-                let (layer, p, dtype) = (*layer, *p, info.dtype);
-                Data::Lazy(Box::new(move || writer::tensor_bytes(&decoder.block(layer).weight(p)?, dtype)))
-            }
-            _ => Data::Bytes(checkpoint.bytes(name)?),
-        };
-        entries.push(Entry { name: name.clone(), dtype: info.dtype, shape: info.shape.clone(), data });
     }
     for param in student.mixers.iter().flat_map(|m| m.params()) {
         let tensor = param.var.as_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
@@ -134,33 +69,72 @@ pub fn export(
         let data = Data::Lazy(Box::new(move || writer::tensor_bytes(&tensor, Dtype::F32)));
         entries.push(Entry { name: param.name.clone(), dtype: Dtype::F32, shape, data });
     }
-    entries.sort_by_key(|e| natural(&e.name));
+    folder(model, linearization, entries, shape, dir, progress)
+}
 
-    std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    let written = writer::write_sharded(dir, entries, max_shard_bytes, &metadata, progress)?;
-    let mut files: Vec<FileRow> = written.into_iter().map(row).collect();
-    let mut put = |name: &str, bytes: &[u8]| -> Result<()> {
-        write_atomic(&dir.join(name), bytes)?;
-        files.push(describe(name, bytes));
-        Ok(())
+/// The tensors of the base model under their own names.
+fn base_entries(model: &Model, dtype: Option<Dtype>) -> Result<Vec<Entry<'_>>> {
+    let checkpoint = &model.checkpoint;
+    let claims = model.description.claims.iter().filter(|(_, c)| !matches!(c, Claim::Dropped | Claim::Mixer));
+    let entry = |(name, _): (&'_ String, &Claim)| {
+        let info = checkpoint.info(name)?;
+        let dtype = dtype.unwrap_or(info.dtype);
+        let data = if dtype == info.dtype {
+            Data::Bytes(checkpoint.bytes(name)?)
+        } else {
+            let (name, wide) = (name.clone(), DType::try_from(info.dtype)?);
+            Data::Lazy(Box::new(move || writer::tensor_bytes(&checkpoint.tensor(&name, wide, &Device::Cpu)?, dtype)))
+        };
+        Ok(Entry { name: name.clone(), dtype, shape: info.shape.clone(), data })
     };
-    put("config.json", &config(model, linearization)?)?;
+    claims.map(entry).collect()
+}
+
+/// Writes tensors, `config.json`, the Python files and the side files of `model` into `dir`.
+fn folder(
+    model: &Model,
+    linearization: Option<&Linearization>,
+    mut entries: Vec<Entry>,
+    shape: &Shape,
+    dir: &Path,
+    progress: &dyn Progress,
+) -> Result<Vec<FileRow>> {
+    let checkpoint = &model.checkpoint;
+    entries.sort_by_key(|e| natural(&e.name));
+    create(dir)?;
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    let written = writer::write_sharded(dir, entries, shape.max_shard_bytes, &metadata, progress)?;
+    let mut files: Vec<FileRow> = written.into_iter().map(row).collect();
+    files.push(put(dir, "config.json", &config(model, linearization, shape.dtype)?)?);
     if linearization.is_some() {
-        for (name, text) in PYTHON {
-            put(name, text.as_bytes())?;
-        }
+        files.extend(python(dir)?);
     }
     let mut generation = false;
     for path in checkpoint.side_files() {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         generation |= name == "generation_config.json";
-        put(&name, &std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?)?;
+        files.push(put(dir, &name, &std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?)?);
     }
     if !generation {
-        put("generation_config.json", &generation_config(headers.config.object()))?;
+        files.push(put(dir, "generation_config.json", &generation_config(checkpoint.config.object()))?);
     }
     Ok(files)
+}
+
+/// The folder `dir`, made where it is not there.
+fn create(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))
+}
+
+/// Writes one file of an export.
+fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<FileRow> {
+    write_atomic(&dir.join(name), bytes)?;
+    Ok(describe(name, bytes))
+}
+
+/// Writes the model in PyTorch.
+fn python(dir: &Path) -> Result<Vec<FileRow>> {
+    PYTHON.into_iter().map(|(name, text)| put(dir, name, text.as_bytes())).collect()
 }
 
 pub(super) fn describe(name: &str, bytes: &[u8]) -> FileRow {
@@ -184,24 +158,42 @@ fn pretty(value: &Value) -> Vec<u8> {
     text
 }
 
-/// The source's configuration with what changed: the very file where no layer was converted.
-fn config(model: &Model, linearization: Option<&Linearization>) -> Result<Vec<u8>> {
+/// The source's configuration with what changed: the very file where nothing did.
+fn config(model: &Model, linearization: Option<&Linearization>, dtype: Option<Dtype>) -> Result<Vec<u8>> {
     let checkpoint = &model.checkpoint;
-    let Some(l) = linearization else {
-        let path = checkpoint.dir().join("config.json");
-        return std::fs::read(&path).map_err(|e| Error::io("read", &path, e));
-    };
-    let mut config = checkpoint.headers().config.object().clone();
-    config.insert("architectures".into(), json!(["MargayForCausalLM"]));
-    config.insert("model_type".into(), json!("margay"));
-    config.insert("auto_map".into(), json!(AUTO_MAP.into_iter().collect::<BTreeMap<_, _>>()));
-    let mut linearization = json!(l);
-    let architecture = model.architecture();
-    let tensors = l.mixer.design().specs(architecture).into_iter().map(|s| (s.name, s.shape));
-    linearization["tensors"] = json!(tensors.collect::<BTreeMap<_, _>>());
-    linearization["norm_eps"] = json!(architecture.norm_eps);
-    config.insert("linearization".into(), linearization);
+    let mut config = checkpoint.config.object().clone();
+    match dtype {
+        Some(dtype) => {
+            config.remove("torch_dtype");
+            config.insert("dtype".into(), json!(torch_name(dtype)));
+        }
+        None if linearization.is_none() => {
+            let path = checkpoint.dir().join("config.json");
+            return std::fs::read(&path).map_err(|e| Error::io("read", &path, e));
+        }
+        None => {}
+    }
+    if let Some(l) = linearization {
+        config.insert("architectures".into(), json!(["MargayForCausalLM"]));
+        config.insert("model_type".into(), json!("margay"));
+        config.insert("auto_map".into(), json!(AUTO_MAP.into_iter().collect::<BTreeMap<_, _>>()));
+        let architecture = model.architecture();
+        let tensors = l.mixer.design().specs(architecture).into_iter().map(|s| (s.name, s.shape));
+        let mut linearization = json!(l);
+        linearization["tensors"] = json!(tensors.collect::<BTreeMap<_, _>>());
+        linearization["norm_eps"] = json!(architecture.norm_eps);
+        config.insert("linearization".into(), linearization);
+    }
     Ok(pretty(&Value::Object(config)))
+}
+
+/// A type as PyTorch calls it.
+fn torch_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+        _ => "float32",
+    }
 }
 
 /// The model in PyTorch, for transformers: the same for every family and mixer.

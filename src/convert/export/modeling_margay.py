@@ -17,6 +17,7 @@ from functools import cache, cached_property
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
@@ -674,3 +675,14 @@ class MargayForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _from_config(cls, config, **kwargs):
         return cls.of(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def from_adapter(cls, folder, base=None, **kwargs):
+        """The model of an adapter folder: the weights of `base`, by default the model it was made from, with the mixers of
+        the folder. Its LoRA, where it has one, is added by `peft.PeftModel.from_pretrained(model, folder)`."""
+        config = MargayConfig.from_pretrained(folder)
+        model = cls.of(config).from_pretrained(base or config.linearization["teacher"], config=config, **kwargs)
+        unknown = model.load_state_dict(load_file(f"{folder}/mixers.safetensors"), strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"`{folder}` has tensors that the model lacks: {unknown}")
+        return model
