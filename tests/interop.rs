@@ -5,7 +5,6 @@
 //! tests are skipped by name.
 
 #[path = "common/random.rs"]
-#[allow(dead_code)] // comparison is for the other tests
 mod random;
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
@@ -15,12 +14,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use margay::convert::export::{Parts, Shape, export};
+use margay::convert::export::adapter::Adapter;
+use margay::convert::export::formats::{self, Format};
+use margay::convert::export::{Parts, Shape, export, lolcats};
 use margay::convert::load::{Linearization, Model};
+use margay::convert::merge::fold;
 use margay::convert::swap::swap;
 use margay::evaluate::Subject;
+use margay::families::Projection;
 use margay::generate::{Sampler, generate};
 use margay::model::{Decoder, Net};
+use margay::params::{Adapters, LowRank};
 use margay::progress::Silent;
 use margay::recipe::{self, Mixer, Recipe};
 use random::randn;
@@ -83,11 +87,43 @@ impl Case {
         Case { model, decoder, net, linearization }
     }
 
+    /// Merges LoRA of rank 2 and 3 into every other layer, 4 more into one projection, and with `full` a change of a whole
+    /// weight; keeps them apart in the export `dir`.
+    fn adapt(&mut self, dir: &Path, full: bool) -> Vec<String> {
+        let a = self.decoder.architecture.clone();
+        let mut lora = Vec::new();
+        let mut add = |layer: usize, projection: Projection, rank: usize| {
+            let [out, inner] = a.shape(projection);
+            let seed = lora.len() as u64;
+            let noise = |shape: [usize; 2], seed| (randn(&shape, seed) * 0.1).unwrap().to_dtype(DType::F32).unwrap();
+            let (a, b) = (noise([rank, inner], 2 * seed), noise([out, rank], 2 * seed + 1));
+            lora.push(LowRank { layer, projection, a, b, alpha: 2.0 * rank as f64 });
+        };
+        for layer in (0..a.layers).step_by(2) {
+            add(layer, Projection::Q, 2);
+            add(layer, Projection::O, 3);
+        }
+        add(0, Projection::Q, 4);
+        let mut adapters = Adapters::of(lora).unwrap();
+        if full {
+            adapters.add_full(&a, &[(1, Projection::V)], &Device::Cpu).unwrap();
+            for trained in adapters.trained() {
+                let noise = (randn(trained.param.var.dims(), 99) * 0.1).unwrap().to_dtype(DType::F32).unwrap();
+                trained.param.var.set(&noise).unwrap();
+            }
+        }
+        let apart = Adapter::of(&adapters, &self.decoder).unwrap();
+        let stored = |name: &str| self.model.checkpoint.info(name).map(|i| i.dtype);
+        let merged = fold(&mut self.decoder, &adapters, stored).unwrap();
+        std::fs::create_dir_all(dir).unwrap();
+        apart.write("org/base", a.layers, stored, dir, &Silent).unwrap();
+        merged
+    }
+
     /// Writes the export and what margay makes of it: logits of a text, and the text it goes on with.
-    fn write(&self, dir: &Path) {
-        let shape = Shape { dtype: None, max_shard_bytes: 1 << 30 };
-        let parts = Parts { model: &self.model, decoder: &self.decoder, student: &self.net, merged: &[] };
-        export(&parts, Some(&self.linearization), &shape, dir, &Silent).unwrap();
+    fn write(&self, dir: &Path, merged: &[String]) {
+        let parts = Parts { model: &self.model, decoder: &self.decoder, student: &self.net, merged };
+        export(&parts, Some(&self.linearization), &SHAPE, dir, &Silent).unwrap();
         let vocab = self.model.architecture().vocab as u32;
         let ids: Vec<u32> = (0..150u32).map(|i| 2 + (i * i * 31 + i * 7 + 11) % (vocab - 2)).collect();
         let all = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
@@ -101,9 +137,12 @@ impl Case {
         generate(subject, &ids[..90], &mut Sampler::greedy(), 24, &[], push).unwrap();
         let text = Tensor::new(text.as_slice(), &Device::Cpu).unwrap();
         let expected = HashMap::from([("ids", all), ("logits", logits), ("text", text)]);
-        candle_core::safetensors::save(&expected, dir.join("expected.safetensors")).unwrap();
+        candle_core::safetensors::save(&expected, dir.join(EXPECTED)).unwrap();
     }
 }
+
+const SHAPE: Shape = Shape { dtype: None, max_shard_bytes: 1 << 30 };
+const EXPECTED: &str = "expected.safetensors";
 
 fn llama() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/llama-tiny")
@@ -116,6 +155,19 @@ fn mistral() -> tempfile::TempDir {
         "max_position_embeddings": 256, "head_dim": 12
     }));
     tiny_model::folder(&config, &tiny_model::weights(&config))
+}
+
+/// Writes the export `from` in another format.
+fn rewrite(from: &Path, format: Format, shape: &Shape, out: &Path) {
+    let model = Model::open(from.to_str().unwrap(), &Silent).unwrap();
+    formats::write(&model, format, shape, out, &Silent).unwrap();
+}
+
+/// Bytes of every tensor by name.
+fn tensors(dir: &Path) -> HashMap<String, Vec<u8>> {
+    let model = Model::open(dir.to_str().unwrap(), &Silent).unwrap();
+    let names = model.checkpoint.names().map(String::from).collect::<Vec<_>>();
+    names.into_iter().map(|n| (n.clone(), model.checkpoint.bytes(&n).unwrap().to_vec())).collect()
 }
 
 /// The mixer of a recipe with a window of 16.
@@ -165,7 +217,7 @@ fn transformers_gives_the_same() {
     let mut add = |model: &Path, name: &str, sets: &[&str], keep: &[usize]| {
         let number = folders.len();
         let out = dir.path().join(format!("{number:02}-{}", name.replace(['/', '.'], "-")));
-        Case::new(model, &mixer(name, sets), keep).write(&out);
+        Case::new(model, &mixer(name, sets), keep).write(&out, &[]);
         folders.push(out);
     };
     let recipes: Vec<String> = recipe::list().into_iter().map(|r| r.name).collect();
@@ -193,4 +245,111 @@ fn transformers_gives_the_same() {
             assert_eq!(case[what], true, "{what}: {case}");
         }
     }
+}
+
+#[test]
+fn peft_loads_an_adapter() {
+    let Some(python) = python("torch, transformers, peft") else { return };
+    let (dir, base) = (tempfile::tempdir().unwrap(), mistral());
+    let mut pairs = Vec::new();
+    for (name, full) in [("lolcats", false), ("gated-delta", true)] {
+        let (export, adapter) = (dir.path().join(name), dir.path().join(format!("{name}-adapter")));
+        let mut case = Case::new(base.path(), &mixer(&format!("llama/{name}"), &[]), &[2]);
+        let merged = case.adapt(&export, full);
+        case.write(&export, &merged);
+        rewrite(&export, Format::Adapter, &SHAPE, &adapter);
+        pairs.extend([adapter, export.join(EXPECTED)]);
+    }
+    let args: Vec<&Path> = [base.path()].into_iter().chain(pairs.iter().map(PathBuf::as_path)).collect();
+    for case in run(&python, "adapter_check.py", &args, dir.path()) {
+        eprintln!("{case}");
+        let [bare, whole] = ["without", "logits"].map(|what| case[what].as_f64().unwrap_or(f64::NAN));
+        // Written so that a NaN fails; without its LoRA it is another model.
+        assert!(whole <= 1e-4 && bare > 1e-2, "{case}");
+    }
+}
+
+#[test]
+fn an_export_written_anew_is_the_same_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, again, low) = (dir.path().join("first"), dir.path().join("again"), dir.path().join("low"));
+    let mut case = Case::new(&llama(), &mixer("llama/lizard", &[]), &[1]);
+    let merged = case.adapt(&first, false);
+    case.write(&first, &merged);
+    rewrite(&first, Format::Transformers, &SHAPE, &again);
+    assert_eq!(tensors(&first), tensors(&again));
+    for name in ["config.json", "modeling_margay.py", "tokenizer.json"] {
+        assert_eq!(std::fs::read(first.join(name)).unwrap(), std::fs::read(again.join(name)).unwrap(), "{name}");
+    }
+
+    // In another precision and in small shards.
+    let small = Shape { dtype: Some(safetensors::Dtype::F16), max_shard_bytes: 200_000 };
+    rewrite(&first, Format::Transformers, &small, &low);
+    let model = Model::open(low.to_str().unwrap(), &Silent).unwrap();
+    assert!(model.checkpoint.files.len() > 2, "{:?}", model.checkpoint.files);
+    for (name, info) in &model.checkpoint.tensors {
+        let new = case.linearization.tensors(model.architecture()).contains_key(name);
+        let wanted = if new { safetensors::Dtype::F32 } else { safetensors::Dtype::F16 };
+        assert_eq!(info.dtype, wanted, "{name}");
+    }
+    assert_eq!(model.checkpoint.config.get("dtype"), Some(&json!("float16")));
+    let (wide, narrow) = (Model::open(first.to_str().unwrap(), &Silent).unwrap(), model);
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let read = |m: &Model| m.checkpoint.tensor(name, DType::F32, &Device::Cpu).unwrap();
+    random::close(name, &read(&narrow), &read(&wide), 1e-3);
+}
+
+#[test]
+fn official_lolcats_checkpoints_go_both_ways() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let sets = ["mixer.window_kind=terraced", "mixer.window=16"];
+    let mut case = Case::new(&llama(), &mixer("llama/lolcats", &sets), &[1]);
+    let mut merged = case.adapt(&path("export"), false);
+    merged.sort();
+    case.write(&path("export"), &merged);
+    rewrite(&path("export"), Format::Lolcats, &SHAPE, &path("official"));
+    let files: Vec<PathBuf> = ["distill", "ft"].map(|s| path("official").join(format!("base_{s}.pt"))).into();
+    let settings = std::fs::read_to_string(path("official").join("base.yaml")).unwrap();
+    let settings: Value = serde_json::from_str(&settings).unwrap();
+    assert_eq!(settings["attention"]["attention_type"], "lolcats_llama_window_tk");
+    assert_eq!(settings["attention"]["softmax_attentions"], json!([1]));
+
+    let import = |files: &[PathBuf], sets: &[&str], out: &str| {
+        let recipe = Recipe::load("llama/lolcats", &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>()).unwrap();
+        lolcats::import(llama().to_str().unwrap(), &recipe, files, &SHAPE, &path(out), &Silent)
+    };
+    let differing = |out: &str| -> Vec<String> {
+        let (wanted, mut found) = (tensors(&path("export")), tensors(&path(out)));
+        let differ = wanted.into_iter().filter(|(name, bytes)| found.remove(name).as_ref() != Some(bytes));
+        let mut names: Vec<String> = differ.map(|(name, _)| name).collect();
+        names.extend(found.into_keys());
+        names.sort();
+        names
+    };
+    import(&files[..1], &sets, "distilled").unwrap();
+    assert_eq!(differing("distilled"), merged);
+    import(&files, &sets, "whole").unwrap();
+    // Two stages added to one projection: their sum is rounded once, not twice.
+    let twice = "model.layers.0.self_attn.q_proj.weight";
+    assert!(differing("whole").iter().all(|name| name == twice), "{:?}", differing("whole"));
+    let read = |dir: &str| {
+        let model = Model::open(path(dir).to_str().unwrap(), &Silent).unwrap();
+        model.checkpoint.tensor(twice, DType::F32, &Device::Cpu).unwrap()
+    };
+    random::close(twice, &read("whole"), &read("export"), 1.0 / 256.0);
+
+    // A recipe of another mixer than the files have.
+    for (sets, word) in [(&["mixer.window=0"][..], "window_factors"), (&["mixer.feature_dim=8"][..], "feature_dim")] {
+        let error = import(&files, sets, "refused").unwrap_err();
+        assert!(format!("{} {:?}", error.message, error.hint).contains(word), "{}", error.message);
+    }
+
+    // The official trainer's way of saving and reading.
+    let Some(python) = python("torch") else { return };
+    let args: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    let said = run(&python, "lolcats_check.py", &args, dir.path());
+    assert_eq!(said, [json!({ "tensors": 9 }), json!({ "tensors": 8 })]);
+    import(&files, &sets, "saved-again").unwrap();
+    assert_eq!(tensors(&path("saved-again")), tensors(&path("whole")));
 }

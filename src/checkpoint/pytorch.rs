@@ -3,6 +3,7 @@
 //! `torch.load(weights_only=True)` takes.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{Cursor, Write};
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use candle_core::pickle::PthTensors;
 use candle_core::{DType, Tensor};
 use safetensors::Dtype;
 use zip::write::SimpleFileOptions;
-use zip::{CompressionMethod, ZipWriter};
+use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::writer::{tensor_bytes, write_atomic};
 use crate::error::{Error, Kind, Result};
@@ -31,10 +32,23 @@ pub fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
             tensors.insert(name.clone(), tensor);
         }
     }
-    match tensors.is_empty() {
-        true => Err(Error::new(Kind::Checkpoint, format!("`{}` has no tensors under `{STATE}`", path.display()))),
-        false => Ok(tensors),
+    // The reader passes over what it cannot read: no tensor may be lost that way.
+    let held = values(path).map_err(|e| wrong(candle_core::Error::wrap(e)))?;
+    match tensors.len() >= held && held > 0 {
+        true => Ok(tensors),
+        false => {
+            let (path, read) = (path.display(), tensors.len());
+            Err(Error::new(Kind::Checkpoint, format!("`{path}` holds {held} tensors, {read} of them under `{STATE}`"))
+                .hint("give a checkpoint of trained weights in f32, f16 or bf16, and nothing else"))
+        }
     }
+}
+
+/// Files with the values of tensors in an archive.
+fn values(path: &Path) -> Result<usize, zip::result::ZipError> {
+    let zip = ZipArchive::new(File::open(path)?)?;
+    let names = zip.file_names().collect::<Result<Vec<_>, _>>()?;
+    Ok(names.iter().filter(|name| name.contains("/data/")).count())
 }
 
 /// Writes `{"model_state_dict": tensors, "step": step}`, all tensors in f32.
@@ -90,10 +104,18 @@ impl Pickle {
         self.op(text.as_bytes());
     }
 
-    /// A signed number of eight bytes.
+    /// A signed number of four bytes, of eight where it needs them.
     fn int(&mut self, n: usize) {
-        self.op(&[0x8a, 8]);
-        self.0.extend((n as i64).to_le_bytes());
+        match i32::try_from(n) {
+            Ok(n) => {
+                self.op(b"J");
+                self.0.extend(n.to_le_bytes());
+            }
+            Err(_) => {
+                self.op(&[0x8a, 8]);
+                self.0.extend((n as i64).to_le_bytes());
+            }
+        }
     }
 
     fn ints(&mut self, list: &[usize]) {

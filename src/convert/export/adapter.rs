@@ -18,10 +18,11 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use super::{FileRow, Shape, create, describe, pretty, put, row};
+use crate::checkpoint::Config;
 use crate::checkpoint::writer::{Data, Entry, tensor_bytes, write_single};
 use crate::convert::load::{Linearization, Model};
 use crate::error::{Error, Kind, Result};
-use crate::families::{Claim, Role};
+use crate::families::{Claim, Projection, Role};
 use crate::model::Decoder;
 use crate::params::{Adapters, LowRank};
 use crate::progress::Progress;
@@ -34,7 +35,7 @@ pub(super) const LORA: &str = "adapter_model.safetensors";
 const CHANGED: &str = "changed.safetensors";
 const MIXERS: &str = "mixers.safetensors";
 /// Before every name of a PEFT file.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// Changes of projections before they are merged.
 pub struct Adapter {
@@ -94,8 +95,65 @@ fn entry(name: String, tensor: &Tensor, dtype: Dtype) -> Entry<'static> {
 }
 
 /// `model.layers.3.self_attn.q_proj`.
-fn module(low_rank: &LowRank) -> String {
+pub(super) fn module(low_rank: &LowRank) -> String {
     format!("model.layers.{}.{}", low_rank.layer, low_rank.projection.path())
+}
+
+/// The LoRA in a PEFT folder.
+pub(super) fn read(folder: &Path) -> Result<Vec<LowRank>> {
+    let path = folder.join(CONFIG);
+    let text = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let config = Config::parse(&text, &path.to_string_lossy())?;
+    let (rank, alpha) = (config.f64("r")?, config.f64("lora_alpha")?);
+    let (ranks, alphas) = (config.opt_object("rank_pattern")?, config.opt_object("alpha_pattern")?);
+    let mut halves: BTreeMap<(usize, Projection), [Option<Tensor>; 2]> = BTreeMap::new();
+    for (name, tensor) in candle_core::safetensors::load(folder.join(LORA), &Device::Cpu)? {
+        let Some((layer, p, half)) = name.strip_prefix(PREFIX).and_then(place) else {
+            let message = format!("tensor `{name}` in `{}` is no LoRA of a projection", folder.join(LORA).display());
+            return Err(Error::new(Kind::Checkpoint, message));
+        };
+        halves.entry((layer, p)).or_default()[half] = Some(tensor);
+    }
+    let mut found = pair(halves, |_| Ok(0.0))?;
+    for l in &mut found {
+        let own = |pattern: &Option<Config>, all: f64| match pattern {
+            Some(pattern) => Ok(pattern.opt_f64(&module(l))?.unwrap_or(all)),
+            None => Ok::<f64, Error>(all),
+        };
+        l.alpha = own(&alphas, alpha)? / own(&ranks, rank)? * l.rank()? as f64;
+    }
+    Ok(found)
+}
+
+/// LoRA of both its halves, A and B, whose `alpha` its rank tells.
+pub(super) fn pair(
+    halves: BTreeMap<(usize, Projection), [Option<Tensor>; 2]>,
+    alpha: impl Fn(usize) -> Result<f64>,
+) -> Result<Vec<LowRank>> {
+    let whole = |((layer, projection), halves): ((usize, Projection), [Option<Tensor>; 2])| match halves {
+        [Some(a), Some(b)] => {
+            let alpha = alpha(a.dim(0)?)?;
+            Ok(LowRank { layer, projection, a, b, alpha })
+        }
+        _ => {
+            let message = format!("layer {layer} has one half of the LoRA of {} only", projection.name());
+            Err(Error::new(Kind::Checkpoint, message).hint("give all files of the adapter"))
+        }
+    };
+    halves.into_iter().map(whole).collect()
+}
+
+/// Layer, projection and half of `model.layers.3.self_attn.q_proj.lora_A.weight`.
+pub(super) fn place(name: &str) -> Option<(usize, Projection, usize)> {
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let (path, half) = rest.split_once(".lora_")?;
+    let projection = Projection::ALL.into_iter().find(|p| p.path() == path)?;
+    let half = match half {
+        "A.weight" => 0,
+        "B.weight" => 1,
+        _ => return None,
+    };
+    Some((layer.parse().ok()?, projection, half))
 }
 
 /// `adapter_config.json`. Projections are named alone where every layer has them, else with their layers; ranks other than

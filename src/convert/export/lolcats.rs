@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::{Value, json};
 
-use super::adapter::{self, Adapter, FOLDER, LORA};
+use super::adapter::{self, Adapter, FOLDER, LORA, PREFIX};
 use super::manifest::{Manifest, reference};
 use super::{FileRow, Parts, Shape, create, describe, export, pretty, put};
 use crate::checkpoint::pytorch;
@@ -23,14 +23,15 @@ use crate::params::{Adapters, LowRank, Param};
 use crate::progress::Progress;
 use crate::recipe::{Loaded, Mixer, Recipe};
 
-/// Before the names of a model that carries LoRA.
-const PREFIX: &str = "base_model.model.";
-
 /// Writes the export `model` as `<name>_distill.pt`, `<name>_ft.pt` where there is LoRA, and the model's configuration of
 /// the official code.
 pub(super) fn write(model: &Model, linearization: &Linearization, dir: &Path) -> Result<Vec<FileRow>> {
     let settings = official(model, linearization)?;
-    let lora = adapter::trained(model)?.then(|| model.checkpoint.dir().join(FOLDER).join(LORA));
+    let kept = model.checkpoint.dir().join(FOLDER);
+    let lora = match adapter::trained(model)? && kept.join(LORA).is_file() {
+        true => adapter::read(&kept)?,
+        false => Vec::new(),
+    };
     create(dir)?;
     let name = linearization.teacher.rsplit('/').next().unwrap_or("model");
     let mut files = vec![put(dir, &format!("{name}.yaml"), &pretty(&settings))?];
@@ -43,13 +44,27 @@ pub(super) fn write(model: &Model, linearization: &Linearization, dir: &Path) ->
     let mixers = model.description.claims.iter().filter(|(_, c)| matches!(c, Claim::Mixer));
     let tensor = |name: &String| Ok((name.clone(), model.checkpoint.tensor(name, DType::F32, &Device::Cpu)?));
     save("distill", &mixers.map(|(name, _)| tensor(name)).collect::<Result<Vec<_>>>()?)?;
-    if let Some(path) = lora.filter(|path| path.is_file()) {
-        let tensors = candle_core::safetensors::load(path, &Device::Cpu)?;
-        // In memory PEFT's names carry the name of the adapter.
-        let named = tensors.into_iter().map(|(name, t)| (name.replace(".weight", ".default.weight"), t));
-        save("ft", &named.collect::<BTreeMap<_, _>>().into_iter().collect::<Vec<_>>())?;
+    if !lora.is_empty() {
+        save("ft", &fine_tuned(&lora)?)?;
     }
     Ok(files)
+}
+
+/// What an update weighs under the official settings, rank 8 and `lora_alpha` 16.
+const SCALE: f64 = 2.0;
+
+/// LoRA as the official code has it: one rank everywhere, missing rows zero, and an update that weighs [`SCALE`].
+fn fine_tuned(lora: &[LowRank]) -> Result<Vec<(String, Tensor)>> {
+    let rank = lora.iter().map(LowRank::rank).collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or(0);
+    let mut tensors = Vec::new();
+    for l in lora {
+        let (own, name) = (l.rank()?, adapter::module(l));
+        let b = (&l.b * (l.alpha / own as f64 / SCALE))?;
+        // In memory PEFT's names carry the name of the adapter.
+        tensors.push((format!("{PREFIX}{name}.lora_A.default.weight"), l.a.pad_with_zeros(0, 0, rank - own)?));
+        tensors.push((format!("{PREFIX}{name}.lora_B.default.weight"), b.pad_with_zeros(1, 0, rank - own)?));
+    }
+    Ok(tensors)
 }
 
 /// The model's configuration in the official code's words, or what it has no word for.
@@ -105,7 +120,7 @@ struct Official {
 }
 
 /// Writes official checkpoints of `base` as an export. The recipe says what the files do not: window, feature map, and the
-/// `alpha` of the last stage with LoRA.
+/// `alpha / rank` of the last stage with LoRA.
 pub fn import(
     base: &str,
     recipe: &Loaded,
@@ -172,7 +187,7 @@ impl Official {
             for (name, tensor) in pytorch::read(file)? {
                 let tensor = tensor.to_dtype(DType::F32)?;
                 let plain = name.strip_prefix(PREFIX).unwrap_or(&name).replace(".default.", ".");
-                match lora_place(&plain) {
+                match adapter::place(&plain) {
                     Some((layer, p, half)) => lora.entry((layer, p)).or_default()[half] = Some(tensor),
                     None => {
                         mixers.insert(plain, tensor);
@@ -181,17 +196,9 @@ impl Official {
             }
         }
         let (net, layers) = net(a, config, mixers)?;
-        let alpha = recipe.in_order().filter(|(_, s)| s.trains("lora")).last().map(|(_, s)| s.lora.alpha);
-        let complete = lora.into_iter().map(|((layer, projection), halves)| match halves {
-            [Some(a), Some(b)] => {
-                let alpha = alpha.unwrap_or(a.dim(0)? as f64);
-                Ok(LowRank { layer, projection, a, b, alpha })
-            }
-            _ => {
-                let message = format!("layer {layer} has one half of the LoRA of {} only", projection.name());
-                Err(Error::new(Kind::Checkpoint, message).hint("give the whole `_ft.pt` file"))
-            }
-        });
+        let stage = recipe.in_order().filter(|(_, s)| s.trains("lora")).last();
+        let scale = stage.map_or(SCALE, |(_, s)| s.lora.alpha / s.lora.rank as f64);
+        let lora = adapter::pair(lora, |rank| Ok(scale * rank as f64))?;
         let headers = model.checkpoint.headers();
         let linearization = Linearization {
             format_version: Linearization::FORMAT,
@@ -202,7 +209,7 @@ impl Official {
             teacher: headers.source.repo.clone().unwrap_or_else(|| crate::convert::base_name(&headers.source.id)),
             teacher_revision: headers.source.revision.clone(),
         };
-        Ok(Official { linearization, net, lora: complete.collect::<Result<_>>()? })
+        Ok(Official { linearization, net, lora })
     }
 }
 
@@ -243,16 +250,4 @@ fn net(a: &Architecture, config: &Config, mut tensors: BTreeMap<String, Tensor>)
     }
     tracing::debug!("feature maps in layers {}", plan::ranges(&layers));
     Ok((net, layers))
-}
-
-/// Layer, projection and half of `model.layers.3.self_attn.q_proj.lora_A.weight`.
-fn lora_place(name: &str) -> Option<(usize, Projection, usize)> {
-    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let p = Projection::ALL.into_iter().find(|p| rest.starts_with(&format!("{}.lora_", p.path())))?;
-    let half = match rest.strip_prefix(&format!("{}.lora_", p.path()))? {
-        "A.weight" => 0,
-        "B.weight" => 1,
-        _ => return None,
-    };
-    Some((layer.parse().ok()?, p, half))
 }
