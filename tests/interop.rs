@@ -241,7 +241,9 @@ fn transformers_gives_the_same() {
             // Written so that a NaN fails.
             assert!(difference <= most, "{what} {difference:e}: {case}");
         }
-        for what in ["text", "padded_text", "gradients"] {
+        // bfloat16 keeps 8 bits.
+        assert!(case["low"].as_f64().is_some_and(|d| d < 0.1), "{case}");
+        for what in ["text", "padded_text", "beams", "gradients", "wide"] {
             assert_eq!(case[what], true, "{what}: {case}");
         }
     }

@@ -18,8 +18,13 @@ def difference(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+
+def mixer_tensors(model):
+    names = model.config.linearization["tensors"]
+    return [p for n, p in model.named_parameters() if n.partition("self_attn.")[2] in names]
 
 
 def in_pieces(model, ids):
@@ -40,11 +45,9 @@ def pad_left(ids, lengths):
     return rows, mask
 
 
-def continue_text(model, ids, mask=None):
-    mask = torch.ones_like(ids) if mask is None else mask
-    out = model.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=24, pad_token_id=0, eos_token_id=None, use_cache=True
-    )
+def continue_text(model, ids, mask=None, **how):
+    how = {"max_new_tokens": 24, "use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **how}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **how)
     return out[:, ids.shape[1] :]
 
 
@@ -68,12 +71,17 @@ def check(folder):
         lengths = [PROMPT, 9, 40]
         together = continue_text(model, *pad_left(ids, lengths)).tolist()
         found["padded_text"] = together == [continue_text(model, ids[:, :n])[0].tolist() for n in lengths]
+        # Beams reorder the states; without a cache there is nothing to reorder.
+        beams = [continue_text(model, ids[:, :40], num_beams=3, max_new_tokens=6, use_cache=c) for c in (True, False)]
+        found["beams"] = beams[0].tolist() == beams[1].tolist()
         with tempfile.TemporaryDirectory() as again:
             model.save_pretrained(again)
             found["saved"] = difference(load(again)(ids).logits, whole)
     model(ids, labels=ids).loss.backward()
-    mixers = [p for n, p in model.named_parameters() if n.partition("self_attn.")[2] in model.config.linearization["tensors"]]
-    found["gradients"] = all(p.grad is not None and bool(p.grad.isfinite().all()) for p in mixers)
+    found["gradients"] = all(p.grad is not None and bool(p.grad.isfinite().all()) for p in mixer_tensors(model))
+    low = load(folder, torch.bfloat16)
+    found["wide"] = low.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in mixer_tensors(low))
+    found["low"] = difference(low(ids).logits.float(), whole)
     return found
 
 
