@@ -355,3 +355,33 @@ fn official_lolcats_checkpoints_go_both_ways() {
     import(&files, &sets, "saved-again").unwrap();
     assert_eq!(tensors(&path("saved-again")), tensors(&path("whole")));
 }
+
+#[test]
+fn liger_gets_its_own_names() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, model_type) in [("liger-gla", "liger_gla"), ("liger-gsa", "liger_gsa"), ("liger-hgrn2", "liger_hgrn2")] {
+        let (export, liger) = (dir.path().join(name), dir.path().join(format!("{name}-official")));
+        let mixer = Recipe::load(&format!("llama/{name}"), &[]).unwrap().recipe.mixer;
+        let mut case = Case::new(&llama(), &mixer, &[]);
+        let merged = case.adapt(&export, false);
+        case.write(&export, &merged);
+        rewrite(&export, Format::Liger, &SHAPE, &liger);
+        let config: Value = serde_json::from_slice(&std::fs::read(liger.join("config.json")).unwrap()).unwrap();
+        assert_eq!((&config["model_type"], &config["pool_size"]), (&json!(model_type), &json!(32)), "{name}");
+        assert!(config.get("linearization").is_none() && liger.join("tokenizer.json").is_file());
+        // The base model's tensors and no other, merged.
+        let (official, ours) = (liger.join("model.safetensors"), export.join("model.safetensors"));
+        let [official, ours] = [official, ours].map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap());
+        assert_eq!(official.len(), ours.len());
+        let bytes = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(official.iter().all(|(name, tensor)| bytes(tensor) == bytes(&ours[name])));
+    }
+
+    // What Liger has no word for.
+    let export = dir.path().join("learned");
+    let mixer = Recipe::load("llama/liger-gla", &["mixer.window.learn=true".into()]).unwrap().recipe.mixer;
+    Case::new(&llama(), &mixer, &[]).write(&export, &[]);
+    let model = Model::open(export.to_str().unwrap(), &Silent).unwrap();
+    let error = formats::write(&model, Format::Liger, &SHAPE, &dir.path().join("no"), &Silent).unwrap_err();
+    assert!(error.message.contains("window"), "{}", error.message);
+}

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use margay::checkpoint::writer::parse_size;
+use margay::checkpoint::{HubId, hub};
 use margay::convert::export::formats::{self, Format};
 use margay::convert::export::{Shape, lolcats};
 use margay::convert::load::Model;
@@ -42,6 +43,12 @@ pub struct Export {
     recipe: Option<String>,
     #[command(flatten)]
     changes: Changes,
+    /// Send the written folder to this repository of the hub, which is made where it is not there
+    #[arg(long, value_name = "ORG/NAME[@BRANCH]")]
+    push: Option<String>,
+    /// Make the repository private
+    #[arg(long, requires = "push")]
+    private: bool,
 }
 
 const DTYPES: [(&str, Dtype); 3] = [("f32", Dtype::F32), ("bf16", Dtype::BF16), ("f16", Dtype::F16)];
@@ -58,6 +65,7 @@ fn named<T: Copy>(list: &[(&str, T)], name: &str) -> Option<T> {
 impl Export {
     pub fn run(&self, out: &Output) -> Result<()> {
         refuse_taken(&self.out)?;
+        let repository = self.push.as_deref().map(repository).transpose()?;
         let dtype = self.dtype.as_deref().and_then(|name| named(&DTYPES, name));
         let shape = Shape { dtype, max_shard_bytes: parse_size(&self.max_shard_size)? };
         let format = named(&Format::ALL, &self.to).unwrap_or(Format::Transformers);
@@ -86,6 +94,16 @@ impl Export {
         let total: u64 = files.iter().map(|f| f.bytes).sum();
         let folder = quoted(&self.out.to_string_lossy());
         out.say(&format!("wrote {} files, {}: {folder}", files.len(), bytes(total)));
+        if let Some(id) = repository {
+            out.say(&format!("pushed: {}", hub::push(&self.out, &id, self.private, out)?));
+        }
         Ok(())
     }
+}
+
+/// The repository of `--push`.
+fn repository(text: &str) -> Result<HubId> {
+    HubId::parse(text).ok_or_else(|| {
+        Error::new(Kind::Usage, format!("`{text}` names no repository of the hub")).hint("write `org/name`")
+    })
 }

@@ -1,5 +1,5 @@
-"""Loads adapter folders over their base model with peft: `adapter_check.py BASE (ADAPTER EXPECTED)...`. One JSON line per
-adapter: how far its logits are from those of the merged model, with and without the LoRA."""
+"""Loads adapter folders over their base model with peft: `adapter_check.py BASE (ADAPTER EXPECTED)...`. One JSON line
+per adapter: how far its logits are from those of the merged model, with and without the LoRA."""
 
 import json
 import sys

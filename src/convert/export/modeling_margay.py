@@ -25,6 +25,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from .configuration_margay import MargayConfig
 
 PIECE = 128  # rows of a window handled at once
+PLAIN_MAPS = {  # feature maps without weights
+    "elu": lambda x: F.elu(x) + 1,
+    "softmax": lambda x: x.softmax(-1),
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
 LOWEST = -128.0  # smallest log decay: its exponential is 0 in float32
 MIN_DENOMINATOR = 1e-12
 
@@ -229,8 +235,9 @@ class Pass:
     # Parts.
 
     def window(self, size, rotated=True):
-        """Softmax over the last `size` keys, self included: y [B, H, T, D], the largest score and Σ exp(score - largest)
-        [B, H, T, 1]; key and value [B, G, T, D] that left the window at each position, and whether one did."""
+        """Softmax over the last `size` keys, self included: y [B, H, T, D]; the largest score and the sum of
+        exp(score - largest) [B, H, T, 1]; key and value [B, G, T, D] that left the window at each position, and whether
+        one did."""
         q, k = self.rotated if rotated else (self.q, self.k)
         time = q.shape[2]
         keys, values = self.behind("k", k, size), self.behind("v", self.v, size)
@@ -290,9 +297,8 @@ class Pass:
     def features(self, x, which, kind=None):
         """φ [B, H, T, F] of queries or keys, by one map per query head."""
         kind, x = kind or self.settings["feature_map"], self.repeat(x)
-        plain = {"elu": lambda x: F.elu(x) + 1, "softmax": lambda x: x.softmax(-1), "silu": F.silu, "identity": lambda x: x}
-        if kind in plain:
-            return plain[kind](x)
+        if kind in PLAIN_MAPS:
+            return PLAIN_MAPS[kind](x)
         tied = which == "k" and self.weight("feature_map_k.mlp.layer") is None
         name = f"feature_map_{'q' if tied else which}.mlp"
         weight, bias = self.weight(f"{name}.layer"), self.weight(f"{name}.bias")
@@ -328,7 +334,8 @@ class Pass:
             return (-self.weight("A_log").exp() * step).mT
         if kind == "low_rank":
             narrow = self.project("gk_proj.0.weight")
-            return channels(log_sigmoid(F.linear(narrow, self.weight("gk_proj.1.weight"), self.weight("gk_proj.1.bias"))))
+            logits = F.linear(narrow, self.weight("gk_proj.1.weight"), self.weight("gk_proj.1.bias"))
+            return channels(log_sigmoid(logits))
         if kind == "pooled":
             k = self.k.transpose(1, 2)
             return channels(log_sigmoid(F.adaptive_avg_pool1d(k.flatten(2), k.shape[2] * width)))
@@ -426,7 +433,8 @@ def lizard(p):
 
 
 def lizard_paper(p):
-    """Gated linear attention plus a softmax window with sinks or meta tokens, each normalised alone (arXiv 2507.09025)."""
+    """Gated linear attention plus a softmax window with sinks or meta tokens, each normalised alone, as published
+    (arXiv 2507.09025)."""
     rotary = p.settings["rotary"]
     phi_q, phi_k = p.features(p.q, "q"), p.features(p.k, "k")
     gated = p.normalised("s", phi_q, phi_k, p.repeat(p.v), p.log_decay(phi_q.shape[-1]))
@@ -586,11 +594,12 @@ class Attention:
 
 
 def mix(attention, query, key, value, attention_mask, scaling=None, margay=None, **kwargs):
-    """The mixer as an attention function of transformers: query [B, H, T, D], key and value [B, G, T, D] before position
-    encoding -> [B, T, H, D]."""
+    """The mixer as an attention function of transformers: query [B, H, T, D], key and value [B, G, T, D] before
+    position encoding -> [B, T, H, D]."""
     x, (cos, sin), real, state = margay
-    rotate = sys.modules[attention.family.__module__].apply_rotary_pos_emb
-    p = Pass(attention, x, query, key, value, rotate(query, key, cos, sin), real, state, scaling or query.shape[-1] ** -0.5)
+    rotated = sys.modules[attention.family.__module__].apply_rotary_pos_emb(query, key, cos, sin)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    p = Pass(attention, x, query, key, value, rotated, real, state, scale)
     y = MIXERS[attention.settings["kind"]](p)
     state.length += x.shape[1]
     return y.transpose(1, 2).to(x.dtype).contiguous(), None
@@ -646,10 +655,11 @@ class Linearized:
 def of_family(config_class, architecture, names):
     """`MargayForCausalLM` as a subclass of a family's model, whose mixers have tensors of these names."""
     family = getattr(transformers, architecture)
+    wide = {f"self_attn.{name}" for name in names} | set(family._keep_in_fp32_modules_strict or ())
     body = {
         "config_class": config_class,
         "_auto_class": "AutoModelForCausalLM",
-        "_keep_in_fp32_modules_strict": {f"self_attn.{n}" for n in names} | set(family._keep_in_fp32_modules_strict or ()),
+        "_keep_in_fp32_modules_strict": wide,
         "__module__": __name__,
     }
     return type("MargayForCausalLM", (Linearized, family), body)
@@ -678,8 +688,8 @@ class MargayForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_adapter(cls, folder, base=None, **kwargs):
-        """The model of an adapter folder: the weights of `base`, by default the model it was made from, with the mixers of
-        the folder. Its LoRA, where it has one, is added by `peft.PeftModel.from_pretrained(model, folder)`."""
+        """The model of an adapter folder: the weights of `base`, by default the model it was made from, with the mixers
+        of the folder. Its LoRA, where it has one, is added by `peft.PeftModel.from_pretrained(model, folder)`."""
         config = MargayConfig.from_pretrained(folder)
         model = cls.of(config).from_pretrained(base or config.linearization["teacher"], config=config, **kwargs)
         unknown = model.load_state_dict(load_file(f"{folder}/mixers.safetensors"), strict=False).unexpected_keys
