@@ -243,7 +243,7 @@ fn transformers_gives_the_same() {
         }
         // bfloat16 keeps 8 bits.
         assert!(case["low"].as_f64().is_some_and(|d| d < 0.1), "{case}");
-        for what in ["text", "padded_text", "beams", "gradients", "wide"] {
+        for what in ["text", "padded_text", "beams", "last", "gradients", "wide"] {
             assert_eq!(case[what], true, "{what}: {case}");
         }
     }

@@ -12,11 +12,12 @@ use margay::convert::load::Model;
 use margay::convert::plan::bytes;
 use margay::error::{Error, Kind, Result};
 use margay::progress::Progress;
+use margay::recipe::Recipe;
 use margay::run_dir::refuse_taken;
 use safetensors::Dtype;
 
 use super::output::Output;
-use super::{Changes, quoted};
+use super::quoted;
 
 #[derive(Args)]
 pub struct Export {
@@ -41,8 +42,9 @@ pub struct Export {
     /// The recipe whose mixer official checkpoints have
     #[arg(long, value_name = "RECIPE", requires = "base")]
     recipe: Option<String>,
-    #[command(flatten)]
-    changes: Changes,
+    /// Change a key of that recipe, such as mixer.window_kind=terraced; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", requires = "recipe")]
+    set: Vec<String>,
     /// Send the written folder to this repository of the hub, which is made where it is not there
     #[arg(long, value_name = "ORG/NAME[@BRANCH]")]
     push: Option<String>,
@@ -75,7 +77,7 @@ impl Export {
                     let message = format!("official checkpoints become `transformers` first, not `{}`", self.to);
                     return Err(Error::new(Kind::Usage, message).hint("export the folder that is written once more"));
                 }
-                lolcats::import(base, &self.changes.load(recipe)?, sources, &shape, &self.out, out)?
+                lolcats::import(base, &Recipe::load(recipe, &self.set)?, sources, &shape, &self.out, out)?
             }
             (_, _, [source]) => {
                 if source.join("run.json").is_file() {

@@ -49,11 +49,12 @@ Formats:
   transformers  the whole model, as every conversion writes it: `AutoModelForCausalLM` loads it with
                 `trust_remote_code=True`; needs PyTorch alone
   adapter       what changed of the base model: LoRA as a PEFT folder, the mixers' tensors beside it
-  lolcats       `_distill.pt` and `_ft.pt` of the official LoLCATs code, with its model configuration
+  lolcats       `_distill.pt` and `_ft.pt` of the official LoLCATs code, with its configuration
   liger         a folder of the official Liger code
   gguf          refused: llama.cpp has no architecture that holds these mixers
 
-From official LoLCATs checkpoints: margay export a_distill.pt a_ft.pt --base MODEL --recipe RECIPE --out DIR";
+From official LoLCATs checkpoints:
+  margay export a_distill.pt a_ft.pt --base MODEL --recipe RECIPE --out DIR";
 
 /// How much is said, and how.
 #[derive(Args, Clone, Copy)]

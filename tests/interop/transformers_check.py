@@ -71,6 +71,8 @@ def check(folder):
         lengths = [PROMPT, 9, 40]
         together = continue_text(model, *pad_left(ids, lengths)).tolist()
         found["padded_text"] = together == [continue_text(model, ids[:, :n])[0].tolist() for n in lengths]
+        last = model(ids, logits_to_keep=1).logits
+        found["last"] = last.shape[1] == 1 and difference(last, whole[:, -1:]) < 1e-5
         # Beams reorder the states; without a cache there is nothing to reorder.
         beams = [continue_text(model, ids[:, :40], num_beams=3, max_new_tokens=6, use_cache=c) for c in (True, False)]
         found["beams"] = beams[0].tolist() == beams[1].tolist()

@@ -627,10 +627,20 @@ class Linearized:
             layers[index].self_attn = attention_class(family)(config=self.config, layer_idx=index)
             layers[index].self_attn.add_mixer(config.linearization)
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
-        given = input_ids if input_ids is not None else kwargs["inputs_embeds"]
-        time = given.shape[1]
-        use_cache = kwargs.get("use_cache")
+    # `generate` and trainers look for the names of these arguments.
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        time = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
@@ -647,6 +657,10 @@ class Linearized:
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 
