@@ -485,7 +485,14 @@ fn conversion_and_verification() {
     let (_, names) = written("adapter");
     let adapter = ["adapter_config.json", "adapter_model.safetensors", "config.json", "mixers.safetensors"];
     assert!(adapter.iter().all(|name| names.iter().any(|n| n == name)), "{names:?}");
-    assert_eq!(written("lolcats").1, ["llama-tiny.yaml", "llama-tiny_distill.pt", "llama-tiny_ft.pt"]);
+    let (official, names) = written("lolcats");
+    assert_eq!(names, ["llama-tiny.yaml", "llama-tiny_distill.pt", "llama-tiny_ft.pt", "llama-tiny_ft.yaml"]);
+    let [distill, ft] = ["distill", "ft"].map(|stage| format!("{official}/llama-tiny_{stage}.pt"));
+    let back = dir.path().join("back").display().to_string();
+    says(&["export", &distill, &ft, "--base", FIXTURE, "--recipe", "tiny/lolcats", "--out", &back]);
+    assert_eq!(json(&["verify", &back, "--teacher", FIXTURE, "--json"])["passed"], true);
+    let weights = |folder: &str| fs::read(Path::new(folder).join("model.safetensors")).unwrap();
+    assert!(weights(&back) == weights(&export));
     for (format, why) in [("gguf", "no GGUF architecture"), ("liger", "the official Liger code has no")] {
         let refused =
             margay(&["export", &export, "--to", format, "--out", &dir.path().join("no").display().to_string()]);

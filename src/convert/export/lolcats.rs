@@ -2,7 +2,7 @@
 //! factors of attention transfer, and `_ft.pt`, the LoRA of the second stage. Both hold nothing but what was trained;
 //! tensors have our names, those under LoRA PEFT's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -45,26 +45,36 @@ pub(super) fn write(model: &Model, linearization: &Linearization, dir: &Path) ->
     let tensor = |name: &String| Ok((name.clone(), model.checkpoint.tensor(name, DType::F32, &Device::Cpu)?));
     save("distill", &mixers.map(|(name, _)| tensor(name)).collect::<Result<Vec<_>>>()?)?;
     if !lora.is_empty() {
-        save("ft", &fine_tuned(&lora)?)?;
+        let (settings, tensors) = fine_tuned(&lora)?;
+        save("ft", &tensors)?;
+        files.push(put(dir, &format!("{name}_ft.yaml"), &pretty(&settings))?);
     }
     Ok(files)
 }
 
-/// What an update weighs under the official settings, rank 8 and `lora_alpha` 16.
+/// What an update weighs where nothing else says it: the official settings, rank 8 and `lora_alpha` 16.
 const SCALE: f64 = 2.0;
 
-/// LoRA as the official code has it: one rank everywhere, missing rows zero, and an update that weighs [`SCALE`].
-fn fine_tuned(lora: &[LowRank]) -> Result<Vec<(String, Tensor)>> {
-    let rank = lora.iter().map(LowRank::rank).collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or(0);
+/// LoRA as the official code has it, with its settings: one rank, where some have more rows than others the missing are
+/// zero, and one weight of an update, where they differ [`SCALE`].
+fn fine_tuned(lora: &[LowRank]) -> Result<(Value, Vec<(String, Tensor)>)> {
+    let ranks = lora.iter().map(LowRank::rank).collect::<candle_core::Result<Vec<_>>>()?;
+    let rank = ranks.iter().copied().max().unwrap_or(1);
+    let scales: Vec<f64> = lora.iter().zip(&ranks).map(|(l, rank)| l.alpha / *rank as f64).collect();
+    let scale = scales.first().copied().filter(|first| scales.iter().all(|s| s == first)).unwrap_or(SCALE);
     let mut tensors = Vec::new();
-    for l in lora {
-        let (own, name) = (l.rank()?, adapter::module(l));
-        let b = (&l.b * (l.alpha / own as f64 / SCALE))?;
+    for ((l, own), weight) in lora.iter().zip(&ranks).zip(&scales) {
+        let name = adapter::module(l);
+        let (a, b) = (l.a.pad_with_zeros(0, 0, rank - own)?, (&l.b * (weight / scale))?);
         // In memory PEFT's names carry the name of the adapter.
-        tensors.push((format!("{PREFIX}{name}.lora_A.default.weight"), l.a.pad_with_zeros(0, 0, rank - own)?));
+        tensors.push((format!("{PREFIX}{name}.lora_A.default.weight"), a));
         tensors.push((format!("{PREFIX}{name}.lora_B.default.weight"), b.pad_with_zeros(1, 0, rank - own)?));
     }
-    Ok(tensors)
+    let targets: BTreeSet<&str> = lora.iter().map(|l| l.projection.name()).collect();
+    let kwargs = json!({
+        "r": rank, "lora_alpha": scale * rank as f64, "lora_dropout": 0, "target_modules": targets,
+    });
+    Ok((json!({ "finetune": { "method": "lora", "kwargs": kwargs } }), tensors))
 }
 
 /// The model's configuration in the official code's words, or what it has no word for.
@@ -130,8 +140,9 @@ pub fn import(
     progress: &dyn Progress,
 ) -> Result<Vec<FileRow>> {
     let model = Model::open(base, progress)?;
-    let official = Official::read(&model, &recipe.recipe, files)?;
-    let Official { linearization, net, lora } = official;
+    let Official { linearization, net, lora } = Official::read(&model, &recipe.recipe, files)?;
+    let trained = recipe.recipe.in_order().filter(|(_, s)| !lora.is_empty() || !s.trains("lora"));
+    let stages: Vec<String> = trained.map(|(name, _)| name.into()).collect();
     let device = Device::Cpu;
     let mut decoder =
         Decoder::load(&model.checkpoint, model.architecture(), compute_dtype(&device), &device, progress)?;
@@ -160,7 +171,8 @@ pub fn import(
         data: Value::Null,
         plan: json!({ "layers": { "converted": linearization.layers } }),
         seconds: 0.0,
-        stages: Default::default(),
+        // The stages whose results the files are.
+        stages: stages.into_iter().map(|name| (name, json!({}))).collect(),
         merged: None,
         tensors: tensors.map(|(n, i)| (n.clone(), (format!("{:?}", i.dtype), i.shape.clone()))).collect(),
         files: files.clone(),
