@@ -131,6 +131,23 @@ enum Form {
     Full { delta: Var },
 }
 
+/// The LoRA of a projection: `y += alpha / rank * (x Aᵀ) Bᵀ`.
+pub struct LowRank {
+    pub layer: usize,
+    pub projection: Projection,
+    /// [rank, in]
+    pub a: Tensor,
+    /// [out, rank]
+    pub b: Tensor,
+    pub alpha: f64,
+}
+
+impl LowRank {
+    pub fn rank(&self) -> Result<usize> {
+        self.a.dim(0)
+    }
+}
+
 /// Something of an adapter that trains.
 pub struct Adapted {
     pub param: Param,
@@ -243,6 +260,55 @@ impl Adapters {
             }
         }
         found
+    }
+
+    /// Adapters that were trained elsewhere, at rest.
+    pub fn of(trained: Vec<LowRank>) -> Result<Adapters> {
+        let mut adapters = Adapters::default();
+        for LowRank { layer, projection, a, b, alpha } in trained {
+            let scale = alpha / a.dim(0)? as f64;
+            let form = Form::Lora { a: Var::from_tensor(&a)?, b: Var::from_tensor(&b)?, scale, dropout: 0.0 };
+            adapters.changes.entry((layer, projection)).or_default().push(Change { form, trains: false });
+        }
+        Ok(adapters)
+    }
+
+    /// The LoRA of every projection that has one; where several stages added theirs, they stand side by side in one of
+    /// the sum of their ranks, which weighs 1.
+    pub fn low_rank(&self) -> Result<Vec<LowRank>> {
+        let mut found = Vec::new();
+        for ((layer, projection), changes) in &self.changes {
+            let parts: Vec<(&Var, &Var, f64)> = changes
+                .iter()
+                .filter_map(|change| match &change.form {
+                    Form::Lora { a, b, scale, .. } => Some((a, b, *scale)),
+                    Form::Full { .. } => None,
+                })
+                .collect();
+            let (a, b, alpha) = match parts.as_slice() {
+                [] => continue,
+                [(a, b, scale)] => (a.as_detached_tensor(), b.as_detached_tensor(), scale * a.dim(0)? as f64),
+                several => {
+                    let a = several.iter().map(|(a, ..)| a.as_detached_tensor()).collect::<Vec<_>>();
+                    let b = several.iter().map(|(_, b, scale)| b.as_detached_tensor() * *scale);
+                    let (a, b) = (Tensor::cat(&a, 0)?, Tensor::cat(&b.collect::<Result<Vec<_>>>()?, 1)?);
+                    let rank = a.dim(0)? as f64;
+                    (a, b, rank)
+                }
+            };
+            found.push(LowRank { layer: *layer, projection: *projection, a, b, alpha });
+        }
+        Ok(found)
+    }
+
+    /// Projections changed in full, with the change [out, in].
+    pub fn full(&self) -> impl Iterator<Item = (usize, Projection, Tensor)> + '_ {
+        self.changes.iter().flat_map(|((layer, projection), changes)| {
+            changes.iter().filter_map(|change| match &change.form {
+                Form::Full { delta } => Some((*layer, *projection, delta.as_detached_tensor())),
+                Form::Lora { .. } => None,
+            })
+        })
     }
 
     /// Drops the changes of a layer: its weights are the frozen ones again.

@@ -88,6 +88,7 @@ fn help() {
         "recipe",
         "doctor",
         "completions",
+        "export",
     ] {
         assert_snapshot!(format!("help-{name}"), says(&[name, "--help"]));
     }
@@ -470,6 +471,33 @@ fn conversion_and_verification() {
     assert_eq!(measured["perplexity"], report["stages"][0]["quality"]["perplexity"]);
     assert_eq!(json(&["inspect", &export, "--json"])["mixers"][0], "lolcats");
     says(&["generate", &export, "--prompt", "The", "--max-tokens", "4"]);
+
+    // The same for other programs.
+    let written = |format: &str| {
+        let folder = dir.path().join(format);
+        says(&["export", &export, "--to", format, "--out", &folder.display().to_string()]);
+        let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        (folder.display().to_string(), names)
+    };
+    let (again, _) = written("transformers");
+    assert_eq!(json(&["verify", &again, "--teacher", FIXTURE, "--json"])["passed"], true);
+    let (_, names) = written("adapter");
+    let adapter = ["adapter_config.json", "adapter_model.safetensors", "config.json", "mixers.safetensors"];
+    assert!(adapter.iter().all(|name| names.iter().any(|n| n == name)), "{names:?}");
+    let (official, names) = written("lolcats");
+    assert_eq!(names, ["llama-tiny.yaml", "llama-tiny_distill.pt", "llama-tiny_ft.pt", "llama-tiny_ft.yaml"]);
+    let [distill, ft] = ["distill", "ft"].map(|stage| format!("{official}/llama-tiny_{stage}.pt"));
+    let back = dir.path().join("back").display().to_string();
+    says(&["export", &distill, &ft, "--base", FIXTURE, "--recipe", "tiny/lolcats", "--out", &back]);
+    assert_eq!(json(&["verify", &back, "--teacher", FIXTURE, "--json"])["passed"], true);
+    let weights = |folder: &str| fs::read(Path::new(folder).join("model.safetensors")).unwrap();
+    assert!(weights(&back) == weights(&export));
+    for (format, why) in [("gguf", "no GGUF architecture"), ("liger", "the official Liger code has no")] {
+        let refused =
+            margay(&["export", &export, "--to", format, "--out", &dir.path().join("no").display().to_string()]);
+        assert!(refused.status.code() == Some(2) && stderr(&refused).contains(why), "{}", stderr(&refused));
+    }
 
     let html = page(&[&export], &out.join("report.html"));
     let parts = ["quality", "training", "verification", "attention", "memory", "plan", "data", "recipe"];

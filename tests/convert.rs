@@ -24,7 +24,7 @@ use margay::error::{Error, Kind};
 use margay::progress::Silent;
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use tiny::{Act, Ended, Home, Job, PLAIN, Style, Watch, config, files, fingerprint, with, write_model};
+use tiny::{Act, Ended, Home, Job, PLAIN, Style, Watch, config, exported, files, fingerprint, with, write_model};
 
 const CPU: Device = Device::Cpu;
 
@@ -136,7 +136,7 @@ fn a_full_conversion_says_everything_and_reopens() {
         }
 
         // margay.json: every file, every tensor, every setting.
-        let (export, manifest) = (files(&job.out), manifest(&job.out));
+        let (export, manifest) = (exported(&job.out), manifest(&job.out));
         let listed: BTreeSet<&str> = manifest.files.iter().map(|f| f.file.as_str()).collect();
         let written = export.keys().map(String::as_str).filter(|name| *name != Manifest::FILE);
         assert_eq!(listed, written.collect());

@@ -36,7 +36,7 @@ impl Bench<'_> {
     /// The recipe's mixer in every layer.
     fn student(&self) -> Result<Net> {
         let all: Vec<usize> = (0..self.architecture.layers).collect();
-        Ok(swap(&self.architecture, self.recipe.mixer.design(), &all, 0, &self.device)?)
+        swap(&self.architecture, self.recipe.mixer.design(), &all, 0, &self.device)
     }
 
     /// The recipe's first stage of a kind, in steps of this size, and its plan.

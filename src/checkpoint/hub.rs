@@ -5,6 +5,7 @@
 //! checked by size and hash.
 
 mod download;
+mod push;
 mod request;
 
 use std::path::{Path, PathBuf};
@@ -31,6 +32,11 @@ pub fn fetch_model(id: &HubId, progress: &dyn Progress) -> Result<(PathBuf, Stri
 /// [`Hub::fetch_dataset`] with the options of the environment.
 pub fn fetch_dataset(id: &HubId, progress: &dyn Progress) -> Result<Vec<PathBuf>> {
     Hub::new(Options::from_env()?).fetch_dataset(id, progress)
+}
+
+/// [`Hub::push`] with the options of the environment.
+pub fn push(dir: &Path, id: &HubId, private: bool, progress: &dyn Progress) -> Result<String> {
+    Hub::new(Options::from_env()?).push(dir, id, private, progress)
 }
 
 /// How to reach the hub and where to keep its files.

@@ -1,6 +1,6 @@
 //! The hub in a build without the feature `hub`: every use is refused with what to do.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{Headers, HubId};
 use crate::error::{Error, Kind, Result};
@@ -20,5 +20,9 @@ pub fn fetch_model(id: &HubId, _: &dyn Progress) -> Result<(PathBuf, String)> {
 }
 
 pub fn fetch_dataset(id: &HubId, _: &dyn Progress) -> Result<Vec<PathBuf>> {
+    refuse(id)
+}
+
+pub fn push(_: &Path, id: &HubId, _: bool, _: &dyn Progress) -> Result<String> {
     refuse(id)
 }

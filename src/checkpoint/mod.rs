@@ -10,6 +10,7 @@ pub mod hub;
 #[cfg(not(feature = "hub"))]
 #[path = "hub_off.rs"]
 pub mod hub;
+pub mod pytorch;
 #[cfg(feature = "cuda")]
 mod upload;
 pub mod writer;

@@ -100,6 +100,16 @@ pub fn write_sharded(
     Ok(written)
 }
 
+/// Writes `entries` as one safetensors file `name` in `dir`.
+pub fn write_single(dir: &Path, name: &str, mut entries: Vec<Entry>, progress: &dyn Progress) -> Result<Written> {
+    let bytes = entries.iter().filter_map(|e| byte_size(e.dtype, &e.shape)).sum();
+    progress.begin("write", bytes, 0, "bytes");
+    entries.sort_by_key(|e| std::cmp::Reverse(e.dtype.bitsize()));
+    let written = write_shard(&dir.join(name), name.into(), entries, &BTreeMap::new(), progress)?;
+    progress.end("");
+    Ok(written)
+}
+
 /// Writes one safetensors file: length of the header, header padded with spaces to 8 bytes, data without gaps.
 fn write_shard(
     path: &Path,

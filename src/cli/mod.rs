@@ -5,6 +5,7 @@ mod compare;
 mod convert;
 mod doctor;
 mod eval;
+mod export;
 mod generate;
 pub mod output;
 mod plan;
@@ -43,6 +44,18 @@ Environment:
 
 Exit code: 0 done, 1 refused or failed verification, 2 usage or unexpected failure, 130 interrupted.";
 
+const EXPORTS: &str = "\
+Formats:
+  transformers  the whole model, as every conversion writes it: `AutoModelForCausalLM` loads it with
+                `trust_remote_code=True`; needs PyTorch alone
+  adapter       what changed of the base model: LoRA as a PEFT folder, the mixers' tensors beside it
+  lolcats       `_distill.pt` and `_ft.pt` of the official LoLCATs code, with its configuration
+  liger         a folder of the official Liger code
+  gguf          refused: llama.cpp has no architecture that holds these mixers
+
+From official LoLCATs checkpoints:
+  margay export a_distill.pt a_ft.pt --base MODEL --recipe RECIPE --out DIR";
+
 /// How much is said, and how.
 #[derive(Args, Clone, Copy)]
 #[command(next_help_heading = "Output")]
@@ -75,6 +88,9 @@ pub enum Command {
     Inspect(plan::Inspect),
     /// Reopen an exported model and check it
     Verify(verify::Verify),
+    /// Write a converted model for another program: transformers, PEFT, the official LoLCATs and Liger code
+    #[command(after_help = EXPORTS)]
+    Export(export::Export),
     /// Measure perplexity, agreement with a teacher, recall and multiple choice
     Eval(eval::Eval),
     /// Show a conversion as one page of HTML
@@ -103,6 +119,7 @@ pub fn run(command: &Command, out: &'static Output) -> Result<()> {
         Command::Plan(args) => args.run(out),
         Command::Inspect(args) => args.run(out),
         Command::Verify(args) => args.run(out),
+        Command::Export(args) => args.run(out),
         Command::Eval(args) => args.run(out),
         Command::Report(args) => args.run(out),
         Command::Generate(args) => args.run(out),

@@ -12,7 +12,7 @@ pub fn card(manifest: &Manifest, report: &Report, linearization: Option<&Lineari
     if manifest.source.contains('/') {
         let _ = writeln!(text, "base_model: {}\nbase_model_relation: finetune", manifest.source);
     }
-    text.push_str("tags:\n- margay\n- linear-attention\n---\n\n");
+    text.push_str("tags:\n- margay\n- linear-attention\n- custom_code\n---\n\n");
     let revision = manifest.revision.as_deref().map_or(String::new(), |r| format!(" at `{r}`"));
     let _ = writeln!(text, "# {}, linearized\n", manifest.source.rsplit('/').next().unwrap_or_default());
     match linearization {
@@ -27,7 +27,9 @@ pub fn card(manifest: &Manifest, report: &Report, linearization: Option<&Lineari
                 manifest.recipe_origin
             );
             text.push_str(
-                "Run it: `margay generate <this folder> --prompt \"...\"`. The state does not grow with the text.\n",
+                "Run it: `margay generate <this folder> --prompt \"...\"`, or with transformers:\n\n```python\n\
+                 model = AutoModelForCausalLM.from_pretrained(\"<this folder>\", trust_remote_code=True)\n```\n\n\
+                 The state does not grow with the text.\n",
             );
         }
         None => {

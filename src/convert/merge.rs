@@ -7,6 +7,7 @@ use crate::data::Split;
 use crate::error::Result;
 use crate::families::Role;
 use crate::model::{Decoder, Net};
+use crate::params::Adapters;
 
 /// What merging changed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -35,20 +36,30 @@ pub fn merge(
     let Some(adapters) = student.adapters.take() else {
         return Ok(Merged { weights: 0, max_logit_difference: 0.0, max_logit: largest(&before)?, tokens });
     };
-    let mut weights = 0;
-    for (layer, projection) in adapters.targets().collect::<Vec<_>>() {
+    let weights = fold(decoder, &adapters, stored)?.len();
+    let after = decoder.logits(&decoder.hidden(&ids, student)?)?;
+    let max_logit_difference = largest(&(&after - &before)?)?;
+    Ok(Merged { weights, max_logit_difference, max_logit: largest(&before)?, tokens })
+}
+
+/// Folds `adapters` into the weights of `decoder`, rounded to what they are `stored` in, and names those that changed.
+pub fn fold(
+    decoder: &mut Decoder,
+    adapters: &Adapters,
+    stored: impl Fn(&str) -> Result<safetensors::Dtype>,
+) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for (layer, projection) in adapters.targets() {
         let old = decoder.block(layer).weight(projection)?;
         if let Some(new) = adapters.merged(layer, projection, &old)? {
             let name = decoder.architecture.name(Role::Weight(layer, projection));
             let stored = DType::try_from(stored(&name)?)?;
             let rounded = new.to_dtype(stored)?.to_dtype(decoder.dtype)?;
             decoder.block_mut(layer).set_weight(projection, &rounded)?;
-            weights += 1;
+            names.push(name);
         }
     }
-    let after = decoder.logits(&decoder.hidden(&ids, student)?)?;
-    let max_logit_difference = largest(&(&after - &before)?)?;
-    Ok(Merged { weights, max_logit_difference, max_logit: largest(&before)?, tokens })
+    Ok(names)
 }
 
 /// Largest absolute value.

@@ -36,6 +36,7 @@ use crate::run_dir::{Fingerprint, RunDir, refuse_taken};
 use crate::train::{self, Outcome, Settings, Task};
 
 use export::Manifest;
+use export::adapter::Adapter;
 use load::{Linearization, Model};
 use plan::Plan;
 use recover::Recover;
@@ -224,6 +225,7 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let changed = student.adapters.iter().flat_map(|a| a.targets());
     let merged_names: Vec<String> = changed.map(|(l, p)| model.architecture().name(Role::Weight(l, p))).collect();
 
+    let adapter = student.adapters.as_ref().map(|a| Adapter::of(a, &decoder)).transpose()?;
     // The teacher shares the weights that merging changes: from here on it is read again where it is needed.
     let merged = merge::merge(&mut decoder, &mut student, |name| headers.info(name).map(|i| i.dtype), &valid)?;
     if merged.weights > 0 {
@@ -246,9 +248,14 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         teacher_revision: headers.source.revision.clone(),
     });
     let dir = run.fresh_export()?;
-    let shard = recipe.export.max_shard_bytes()?;
+    let shape = export::Shape { dtype: None, max_shard_bytes: recipe.export.max_shard_bytes()? };
     let parts = export::Parts { model: &model, decoder: &decoder, student: &student, merged: &merged_names };
-    let mut files = export::export(&parts, linearization.as_ref(), shard, &dir, progress)?;
+    let mut files = export::export(&parts, linearization.as_ref(), &shape, &dir, progress)?;
+    if let Some(adapter) = adapter {
+        let base = headers.source.repo.clone().unwrap_or_else(|| base_name(&options.model));
+        let stored = |name: &str| headers.info(name).map(|i| i.dtype);
+        files.extend(adapter.write(&base, model.architecture().layers, stored, &dir, progress)?);
+    }
     files.extend(ranking.map(|ranking| select::export(&ranking, &dir)).transpose()?);
     let ids = valid.sequence(0).ids;
     let tensors = plan.exported().into_iter().map(|(name, (shape, dtype))| (name, (format!("{dtype:?}"), shape)));
@@ -381,7 +388,7 @@ pub fn cache_dir() -> PathBuf {
 }
 
 /// The last part of a path: exports name no folder of the machine they were made on.
-fn base_name(path: &str) -> String {
+pub(crate) fn base_name(path: &str) -> String {
     let local = Path::new(path);
     let absolute = std::path::absolute(local).unwrap_or_else(|_| local.into());
     match local.exists() {

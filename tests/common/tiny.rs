@@ -332,9 +332,15 @@ pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     entries.filter(|e| e.path().is_file()).map(read).collect()
 }
 
+/// The same of an export, with the files of its folder `adapter`.
+pub fn exported(out: &Path) -> BTreeMap<String, Vec<u8>> {
+    let adapter = files(&out.join("adapter")).into_iter().map(|(name, bytes)| (format!("adapter/{name}"), bytes));
+    files(out).into_iter().chain(adapter).collect()
+}
+
 /// sha256 of everything in an export that time does not enter: weights, configuration, tokenizer and training log.
 pub fn fingerprint(out: &Path) -> BTreeMap<String, String> {
     let timed = ["README.md", "margay.json"];
-    let files = files(out).into_iter().filter(|(name, _)| !timed.contains(&name.as_str()));
+    let files = exported(out).into_iter().filter(|(name, _)| !timed.contains(&name.as_str()));
     files.map(|(name, bytes)| (name, sha256(&bytes))).collect()
 }

@@ -1,0 +1,387 @@
+//! Exports read by the programs they are made for: transformers gives the logits and the text that margay gives, with
+//! padding, in pieces and token by token.
+//!
+//! `MARGAY_PYTHON` names a Python with `torch` and `transformers`, else it is `python3`; without them these
+//! tests are skipped by name.
+
+#[path = "common/random.rs"]
+mod random;
+#[path = "common/tiny_model.rs"]
+mod tiny_model;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use candle_core::{DType, Device, Tensor};
+use margay::convert::export::adapter::Adapter;
+use margay::convert::export::formats::{self, Format};
+use margay::convert::export::{Parts, Shape, export, lolcats};
+use margay::convert::load::{Linearization, Model};
+use margay::convert::merge::fold;
+use margay::convert::swap::swap;
+use margay::evaluate::Subject;
+use margay::families::Projection;
+use margay::generate::{Sampler, generate};
+use margay::model::{Decoder, Net};
+use margay::params::{Adapters, LowRank};
+use margay::progress::Silent;
+use margay::recipe::{self, Mixer, Recipe};
+use random::randn;
+use serde_json::{Value, json};
+
+/// The interpreter, where it can import what is needed.
+fn python(modules: &str) -> Option<PathBuf> {
+    let python = PathBuf::from(std::env::var_os("MARGAY_PYTHON").unwrap_or("python3".into()));
+    let found = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
+    match found {
+        Ok(output) if output.status.success() => Some(python),
+        _ => {
+            eprintln!("skipped: `{}` cannot import {modules}; MARGAY_PYTHON names another", python.display());
+            None
+        }
+    }
+}
+
+/// Runs a script of `tests/interop` and gives the JSON lines it prints.
+fn run(python: &Path, script: &str, args: &[&Path], home: &Path) -> Vec<Value> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(script);
+    let mut command = Command::new(python);
+    command.arg("-B").arg(script).args(args).env("HF_HOME", home).env("HF_HUB_OFFLINE", "1");
+    let output = command.output().unwrap();
+    let (said, failed) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}\n{failed}");
+    said.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// A small model and the net that `mixer` makes of it, with parameters moved off their starts so that no zero hides
+/// anything.
+struct Case {
+    model: Model,
+    decoder: Decoder,
+    net: Net,
+    linearization: Linearization,
+}
+
+impl Case {
+    fn new(dir: &Path, mixer: &Mixer, keep: &[usize]) -> Case {
+        let (model, decoder) = tiny_model::open(dir).unwrap();
+        let a = model.architecture();
+        let layers: Vec<usize> = (0..a.layers).filter(|l| !keep.contains(l)).collect();
+        mixer.design().check(a).unwrap();
+        let net = swap(a, mixer.design(), &layers, 3, &Device::Cpu).unwrap();
+        for (seed, param) in net.mixers.iter().flat_map(|m| m.params()).enumerate() {
+            let noise = (randn(param.var.dims(), 1000 + seed as u64) * 0.1).unwrap().to_dtype(DType::F32).unwrap();
+            param.var.set(&(param.var.as_tensor() + noise).unwrap()).unwrap();
+        }
+        let config = &model.checkpoint.headers().config;
+        let linearization = Linearization {
+            format_version: Linearization::FORMAT,
+            base_model_type: config.model_type().unwrap().into(),
+            base_architectures: config.architectures().unwrap().iter().map(|a| a.to_string()).collect(),
+            layers,
+            mixer: mixer.clone(),
+            teacher: "org/base".into(),
+            teacher_revision: None,
+        };
+        Case { model, decoder, net, linearization }
+    }
+
+    /// Merges LoRA of rank 2 and 3 into every other layer, 4 more into one projection, and with `full` a change of a whole
+    /// weight; keeps them apart in the export `dir`.
+    fn adapt(&mut self, dir: &Path, full: bool) -> Vec<String> {
+        let a = self.decoder.architecture.clone();
+        let mut lora = Vec::new();
+        let mut add = |layer: usize, projection: Projection, rank: usize| {
+            let [out, inner] = a.shape(projection);
+            let seed = lora.len() as u64;
+            let noise = |shape: [usize; 2], seed| (randn(&shape, seed) * 0.1).unwrap().to_dtype(DType::F32).unwrap();
+            let (a, b) = (noise([rank, inner], 2 * seed), noise([out, rank], 2 * seed + 1));
+            lora.push(LowRank { layer, projection, a, b, alpha: 2.0 * rank as f64 });
+        };
+        for layer in (0..a.layers).step_by(2) {
+            add(layer, Projection::Q, 2);
+            add(layer, Projection::O, 3);
+        }
+        add(0, Projection::Q, 4);
+        let mut adapters = Adapters::of(lora).unwrap();
+        if full {
+            adapters.add_full(&a, &[(1, Projection::V)], &Device::Cpu).unwrap();
+            for trained in adapters.trained() {
+                let noise = (randn(trained.param.var.dims(), 99) * 0.1).unwrap().to_dtype(DType::F32).unwrap();
+                trained.param.var.set(&noise).unwrap();
+            }
+        }
+        let apart = Adapter::of(&adapters, &self.decoder).unwrap();
+        let stored = |name: &str| self.model.checkpoint.info(name).map(|i| i.dtype);
+        let merged = fold(&mut self.decoder, &adapters, stored).unwrap();
+        std::fs::create_dir_all(dir).unwrap();
+        apart.write("org/base", a.layers, stored, dir, &Silent).unwrap();
+        merged
+    }
+
+    /// Writes the export and what margay makes of it: logits of a text, and the text it goes on with.
+    fn write(&self, dir: &Path, merged: &[String]) {
+        let parts = Parts { model: &self.model, decoder: &self.decoder, student: &self.net, merged };
+        export(&parts, Some(&self.linearization), &SHAPE, dir, &Silent).unwrap();
+        let vocab = self.model.architecture().vocab as u32;
+        let ids: Vec<u32> = (0..150u32).map(|i| 2 + (i * i * 31 + i * 7 + 11) % (vocab - 2)).collect();
+        let all = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let logits = self.decoder.logits(&self.decoder.hidden(&all, &self.net).unwrap()).unwrap();
+        let subject = Subject { decoder: &self.decoder, net: &self.net };
+        let mut text = Vec::new();
+        let push = |id| {
+            text.push(id);
+            Ok(true)
+        };
+        generate(subject, &ids[..90], &mut Sampler::greedy(), 24, &[], push).unwrap();
+        let text = Tensor::new(text.as_slice(), &Device::Cpu).unwrap();
+        let expected = HashMap::from([("ids", all), ("logits", logits), ("text", text)]);
+        candle_core::safetensors::save(&expected, dir.join(EXPECTED)).unwrap();
+    }
+}
+
+const SHAPE: Shape = Shape { dtype: None, max_shard_bytes: 1 << 30 };
+const EXPECTED: &str = "expected.safetensors";
+
+fn llama() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/llama-tiny")
+}
+
+/// A Mistral of random weights, keys of 24 positions in the layers that stay.
+fn mistral() -> tempfile::TempDir {
+    let config = tiny_model::config(json!({
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24,
+        "max_position_embeddings": 256, "head_dim": 12
+    }));
+    tiny_model::folder(&config, &tiny_model::weights(&config))
+}
+
+/// Writes the export `from` in another format.
+fn rewrite(from: &Path, format: Format, shape: &Shape, out: &Path) {
+    let model = Model::open(from.to_str().unwrap(), &Silent).unwrap();
+    formats::write(&model, format, shape, out, &Silent).unwrap();
+}
+
+/// Bytes of every tensor by name.
+fn tensors(dir: &Path) -> HashMap<String, Vec<u8>> {
+    let model = Model::open(dir.to_str().unwrap(), &Silent).unwrap();
+    let names = model.checkpoint.names().map(String::from).collect::<Vec<_>>();
+    names.into_iter().map(|n| (n.clone(), model.checkpoint.bytes(&n).unwrap().to_vec())).collect()
+}
+
+/// The mixer of a recipe with a window of 16.
+fn mixer(name: &str, sets: &[&str]) -> Mixer {
+    let mixer = Recipe::load(name, &[]).unwrap().recipe.mixer;
+    let window = match &json!(mixer)["window"] {
+        Value::Number(n) if n.as_u64() > Some(0) => "mixer.window=16",
+        Value::Object(keys) if keys["size"].as_u64() > Some(0) => "mixer.window.size=16",
+        _ => "verify.tokens=1",
+    };
+    let sets: Vec<String> = [window].iter().chain(sets).map(|s| s.to_string()).collect();
+    Recipe::load(name, &sets).unwrap().recipe.mixer
+}
+
+/// Settings that no shipped recipe has.
+const VARIANTS: [(&str, &[&str]); 22] = [
+    ("llama/lolcats", &["mixer.window_kind=terraced"]),
+    ("llama/lolcats", &["mixer.affine=true", "mixer.feature_map=exp_dim", "mixer.feature_dim=4"]),
+    ("llama/lolcats", &["mixer.tie_qk=true", "mixer.skip_connection=true", "mixer.feature_dim=32"]),
+    ("llama/lolcats", &["mixer.window=0", "mixer.bias=full"]),
+    ("llama/lizard", &["mixer.affine=true", "mixer.gate.kind=scalar_head"]),
+    ("llama/lizard", &["mixer.gate.kind=pooled", "mixer.gate.normaliser=16", "mixer.sinks=0", "mixer.feature_dim=5"]),
+    ("llama/lizard", &["mixer.gate.kind=low_rank", "mixer.gate.normaliser=16"]),
+    ("llama/lizard-paper", &["mixer.meta=kv", "mixer.alpha_per_head=true", "mixer.rotary=true"]),
+    ("llama/lawcat", &["mixer.window=16", "mixer.tie_qk=false"]),
+    ("llama/lawcat", &["mixer.window=16", "mixer.conv=2", "mixer.gate.kind=scalar_head"]),
+    ("llama/gla", &["mixer.gate.kind=scalar_token", "mixer.rotary=true", "mixer.window.learn=false"]),
+    ("llama/gla", &["mixer.feature_map=silu", "mixer.normalise=none", "mixer.output={norm=true,gate='silu'}"]),
+    ("llama/gla", &["mixer.gate.kind=mamba2", "mixer.window.size=0", "mixer.output={norm=false,gate='sigmoid'}"]),
+    ("llama/hgrn2", &["mixer.lower_bound=false", "mixer.query_map=silu", "mixer.output={norm=true,gate='silu'}"]),
+    ("llama/gsa", &["mixer.slots=0", "mixer.feature_map=silu", "mixer.output={norm=true,gate='sigmoid'}"]),
+    ("llama/gsa", &["mixer.slots=5", "mixer.gate={kind='pooled',normaliser=16.0}", "mixer.window.size=0"]),
+    ("llama/delta", &["mixer.rotary=true", "mixer.conv=3", "mixer.silu=true", "mixer.scale=0.5"]),
+    ("llama/mamba2", &["mixer.layout=mohawk", "mixer.bc_norm=false", "mixer.conv=0"]),
+    ("llama/mamba2", &["mixer.silu=true", "mixer.output={norm=false,gate='none'}", "mixer.window.size=0"]),
+    ("llama/mala", &["mixer.feature_map=softmax_dim", "mixer.rotary=true", "mixer.window.size=0"]),
+    ("llama/rala", &["mixer.feature_map=exp_dim", "mixer.rotary=true", "mixer.window.size=0"]),
+    ("llama/based", &["mixer.feature_dim=5"]),
+];
+
+#[test]
+fn transformers_gives_the_same() {
+    let Some(python) = python("torch, transformers") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mistral = mistral();
+    let mut folders: Vec<PathBuf> = Vec::new();
+    let mut add = |model: &Path, name: &str, sets: &[&str], keep: &[usize]| {
+        let number = folders.len();
+        let out = dir.path().join(format!("{number:02}-{}", name.replace(['/', '.'], "-")));
+        Case::new(model, &mixer(name, sets), keep).write(&out, &[]);
+        folders.push(out);
+    };
+    let recipes: Vec<String> = recipe::list().into_iter().map(|r| r.name).collect();
+    for (n, name) in recipes.iter().enumerate() {
+        // All layers, or with one that stays softmax.
+        add(&llama(), name, &[], if n % 2 == 0 { &[] } else { &[1] });
+    }
+    for (n, (name, sets)) in VARIANTS.into_iter().enumerate() {
+        add(&llama(), name, sets, if n % 2 == 0 { &[0, 2] } else { &[] });
+    }
+    for name in ["llama/lolcats", "llama/lizard", "llama/gated-delta", "llama/gla", "llama/mamba2"] {
+        add(mistral.path(), name, &[], &[0]);
+    }
+    let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
+    let found = run(&python, "transformers_check.py", &folders, dir.path());
+    assert_eq!(found.len(), folders.len());
+    for case in found {
+        eprintln!("{case}");
+        for (what, most) in [("logits", 1e-4), ("pieces", 1e-4), ("padded", 1e-4), ("saved", 1e-5)] {
+            let difference = case[what].as_f64().unwrap_or(f64::NAN);
+            // Written so that a NaN fails.
+            assert!(difference <= most, "{what} {difference:e}: {case}");
+        }
+        // bfloat16 keeps 8 bits.
+        assert!(case["low"].as_f64().is_some_and(|d| d < 0.1), "{case}");
+        for what in ["text", "padded_text", "beams", "last", "gradients", "wide"] {
+            assert_eq!(case[what], true, "{what}: {case}");
+        }
+    }
+}
+
+#[test]
+fn peft_loads_an_adapter() {
+    let Some(python) = python("torch, transformers, peft") else { return };
+    let (dir, base) = (tempfile::tempdir().unwrap(), mistral());
+    let mut pairs = Vec::new();
+    for (name, full) in [("lolcats", false), ("gated-delta", true)] {
+        let (export, adapter) = (dir.path().join(name), dir.path().join(format!("{name}-adapter")));
+        let mut case = Case::new(base.path(), &mixer(&format!("llama/{name}"), &[]), &[2]);
+        let merged = case.adapt(&export, full);
+        case.write(&export, &merged);
+        rewrite(&export, Format::Adapter, &SHAPE, &adapter);
+        pairs.extend([adapter, export.join(EXPECTED)]);
+    }
+    let args: Vec<&Path> = [base.path()].into_iter().chain(pairs.iter().map(PathBuf::as_path)).collect();
+    for case in run(&python, "adapter_check.py", &args, dir.path()) {
+        eprintln!("{case}");
+        let [bare, whole] = ["without", "logits"].map(|what| case[what].as_f64().unwrap_or(f64::NAN));
+        // Written so that a NaN fails; without its LoRA it is another model.
+        assert!(whole <= 1e-4 && bare > 1e-2, "{case}");
+    }
+}
+
+#[test]
+fn an_export_written_anew_is_the_same_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, again, low) = (dir.path().join("first"), dir.path().join("again"), dir.path().join("low"));
+    let mut case = Case::new(&llama(), &mixer("llama/lizard", &[]), &[1]);
+    let merged = case.adapt(&first, false);
+    case.write(&first, &merged);
+    rewrite(&first, Format::Transformers, &SHAPE, &again);
+    assert_eq!(tensors(&first), tensors(&again));
+    for name in ["config.json", "modeling_margay.py", "tokenizer.json"] {
+        assert_eq!(std::fs::read(first.join(name)).unwrap(), std::fs::read(again.join(name)).unwrap(), "{name}");
+    }
+
+    // In another precision and in small shards.
+    let small = Shape { dtype: Some(safetensors::Dtype::F16), max_shard_bytes: 200_000 };
+    rewrite(&first, Format::Transformers, &small, &low);
+    let model = Model::open(low.to_str().unwrap(), &Silent).unwrap();
+    assert!(model.checkpoint.files.len() > 2, "{:?}", model.checkpoint.files);
+    for (name, info) in &model.checkpoint.tensors {
+        let new = case.linearization.tensors(model.architecture()).contains_key(name);
+        let wanted = if new { safetensors::Dtype::F32 } else { safetensors::Dtype::F16 };
+        assert_eq!(info.dtype, wanted, "{name}");
+    }
+    assert_eq!(model.checkpoint.config.get("dtype"), Some(&json!("float16")));
+    let (wide, narrow) = (Model::open(first.to_str().unwrap(), &Silent).unwrap(), model);
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let read = |m: &Model| m.checkpoint.tensor(name, DType::F32, &Device::Cpu).unwrap();
+    random::close(name, &read(&narrow), &read(&wide), 1e-3);
+}
+
+#[test]
+fn official_lolcats_checkpoints_go_both_ways() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let sets = ["mixer.window_kind=terraced", "mixer.window=16"];
+    let mut case = Case::new(&llama(), &mixer("llama/lolcats", &sets), &[1]);
+    let mut merged = case.adapt(&path("export"), false);
+    merged.sort();
+    case.write(&path("export"), &merged);
+    rewrite(&path("export"), Format::Lolcats, &SHAPE, &path("official"));
+    let files: Vec<PathBuf> = ["distill", "ft"].map(|s| path("official").join(format!("base_{s}.pt"))).into();
+    let settings = std::fs::read_to_string(path("official").join("base.yaml")).unwrap();
+    let settings: Value = serde_json::from_str(&settings).unwrap();
+    assert_eq!(settings["attention"]["attention_type"], "lolcats_llama_window_tk");
+    assert_eq!(settings["attention"]["softmax_attentions"], json!([1]));
+
+    let import = |files: &[PathBuf], sets: &[&str], out: &str| {
+        let recipe = Recipe::load("llama/lolcats", &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>()).unwrap();
+        lolcats::import(llama().to_str().unwrap(), &recipe, files, &SHAPE, &path(out), &Silent)
+    };
+    let differing = |out: &str| -> Vec<String> {
+        let (wanted, mut found) = (tensors(&path("export")), tensors(&path(out)));
+        let differ = wanted.into_iter().filter(|(name, bytes)| found.remove(name).as_ref() != Some(bytes));
+        let mut names: Vec<String> = differ.map(|(name, _)| name).collect();
+        names.extend(found.into_keys());
+        names.sort();
+        names
+    };
+    import(&files[..1], &sets, "distilled").unwrap();
+    assert_eq!(differing("distilled"), merged);
+    import(&files, &sets, "whole").unwrap();
+    // Two stages added to one projection: their sum is rounded once, not twice.
+    let twice = "model.layers.0.self_attn.q_proj.weight";
+    assert!(differing("whole").iter().all(|name| name == twice), "{:?}", differing("whole"));
+    let read = |dir: &str| {
+        let model = Model::open(path(dir).to_str().unwrap(), &Silent).unwrap();
+        model.checkpoint.tensor(twice, DType::F32, &Device::Cpu).unwrap()
+    };
+    random::close(twice, &read("whole"), &read("export"), 1.0 / 256.0);
+
+    // A recipe of another mixer than the files have.
+    for (sets, word) in [(&["mixer.window=0"][..], "window_factors"), (&["mixer.feature_dim=8"][..], "feature_dim")] {
+        let error = import(&files, sets, "refused").unwrap_err();
+        assert!(format!("{} {:?}", error.message, error.hint).contains(word), "{}", error.message);
+    }
+
+    // The official trainer's way of saving and reading.
+    let Some(python) = python("torch") else { return };
+    let args: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    let said = run(&python, "lolcats_check.py", &args, dir.path());
+    assert_eq!(said, [json!({ "tensors": 9 }), json!({ "tensors": 8 })]);
+    import(&files, &sets, "saved-again").unwrap();
+    assert_eq!(tensors(&path("saved-again")), tensors(&path("whole")));
+}
+
+#[test]
+fn liger_gets_its_own_names() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, model_type) in [("liger-gla", "liger_gla"), ("liger-gsa", "liger_gsa"), ("liger-hgrn2", "liger_hgrn2")] {
+        let (export, liger) = (dir.path().join(name), dir.path().join(format!("{name}-official")));
+        let mixer = Recipe::load(&format!("llama/{name}"), &[]).unwrap().recipe.mixer;
+        let mut case = Case::new(&llama(), &mixer, &[]);
+        let merged = case.adapt(&export, false);
+        case.write(&export, &merged);
+        rewrite(&export, Format::Liger, &SHAPE, &liger);
+        let config: Value = serde_json::from_slice(&std::fs::read(liger.join("config.json")).unwrap()).unwrap();
+        assert_eq!((&config["model_type"], &config["pool_size"]), (&json!(model_type), &json!(32)), "{name}");
+        assert!(config.get("linearization").is_none() && liger.join("tokenizer.json").is_file());
+        // The base model's tensors and no other, merged.
+        let (official, ours) = (liger.join("model.safetensors"), export.join("model.safetensors"));
+        let [official, ours] = [official, ours].map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap());
+        assert_eq!(official.len(), ours.len());
+        let bytes = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(official.iter().all(|(name, tensor)| bytes(tensor) == bytes(&ours[name])));
+    }
+
+    // What Liger has no word for.
+    let export = dir.path().join("learned");
+    let mixer = Recipe::load("llama/liger-gla", &["mixer.window.learn=true".into()]).unwrap().recipe.mixer;
+    Case::new(&llama(), &mixer, &[]).write(&export, &[]);
+    let model = Model::open(export.to_str().unwrap(), &Silent).unwrap();
+    let error = formats::write(&model, Format::Liger, &SHAPE, &dir.path().join("no"), &Silent).unwrap_err();
+    assert!(error.message.contains("window"), "{}", error.message);
+}
