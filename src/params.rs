@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::families::{Architecture, Projection};
-use crate::ops::linear::linear;
+use crate::ops::linear::{linear, linear_with};
 
 /// One trainable tensor: f32 whatever the model's precision, because low-precision updates vanish.
 #[derive(Clone)]
@@ -225,6 +225,29 @@ impl Adapters {
         y.reshape(shape).map(Some)
     }
 
+    /// A [R, in] and B [rows of all, R] of all changes of a stack's projections together, in f32, where they are LoRA and
+    /// nothing is dropped; each of B's columns belongs to one projection and is zero in the rows of the others.
+    fn stacked(&self, layer: usize, stack: &Stack, drops: bool) -> Result<Option<(Tensor, Tensor)>> {
+        let total = stack.weight.dim(0)?;
+        let (mut all_a, mut all_b) = (Vec::new(), Vec::new());
+        for (p, start, rows) in &stack.members {
+            for change in self.changes.get(&(layer, *p)).into_iter().flatten() {
+                match &change.form {
+                    Form::Lora { a, b, scale, dropout } if !(drops && change.trains && *dropout > 0.0) => {
+                        let b = (change.part(b) * *scale)?.pad_with_zeros(0, *start, total - start - rows)?;
+                        all_a.push(change.part(a));
+                        all_b.push(b);
+                    }
+                    _ => return Ok(None),
+                }
+            }
+        }
+        if all_a.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some((Tensor::cat(&all_a, 0)?, Tensor::cat(&all_b, 1)?)))
+    }
+
     /// `weight` with all its changes in f32, cast once to the weight's own type; `None` where there are none.
     pub fn merged(&self, layer: usize, p: Projection, weight: &Tensor) -> Result<Option<Tensor>> {
         let Some(changes) = self.changes.get(&(layer, p)) else { return Ok(None) };
@@ -328,9 +351,13 @@ impl Adapters {
 }
 
 impl Change {
+    /// A side of it, without gradient where it rests.
+    fn part(&self, var: &Var) -> Tensor {
+        if self.trains { var.as_tensor().clone() } else { var.as_detached_tensor() }
+    }
+
     /// What this adds for `x` [rows, in]: [rows, out]. `noise` is seed and stream of dropout.
     fn apply(&self, x: &Tensor, noise: Option<(u64, u64)>) -> Result<Tensor> {
-        let part = |var: &Var| if self.trains { var.as_tensor().clone() } else { var.as_detached_tensor() };
         match &self.form {
             Form::Lora { a, b, scale, dropout } => {
                 let x = match noise.filter(|_| *dropout > 0.0) {
@@ -339,11 +366,11 @@ impl Change {
                     }
                     None => x.clone(),
                 };
-                let low = x.matmul(&part(a).to_dtype(x.dtype())?.t()?)?;
-                low.matmul(&(part(b) * *scale)?.to_dtype(x.dtype())?.t()?)
+                let low = x.matmul(&self.part(a).to_dtype(x.dtype())?.t()?)?;
+                low.matmul(&(self.part(b) * *scale)?.to_dtype(x.dtype())?.t()?)
             }
             Form::Full { delta } if self.trains => x.matmul(&delta.as_tensor().to_dtype(x.dtype())?.t()?),
-            Form::Full { delta } => linear(x, &part(delta).to_dtype(x.dtype())?),
+            Form::Full { delta } => linear(x, &self.part(delta).to_dtype(x.dtype())?),
         }
     }
 }
@@ -416,11 +443,20 @@ impl Stack {
 
     /// All projections of `x` [.., in] side by side, [.., rows of all], with what adapters of `layer` add.
     pub fn apply(&self, layer: usize, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> Result<Tensor> {
-        let mut y = linear(x, &self.weight)?;
+        let stacked = lora.map(|lora| lora.stacked(layer, self, noise.is_some())).transpose()?.flatten();
+        let mut y = match &stacked {
+            Some((a, b)) => linear_with(x, &self.weight, &a.to_dtype(x.dtype())?, &b.to_dtype(x.dtype())?)?,
+            None => linear(x, &self.weight)?,
+        };
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }
-        let Some(lora) = lora else { return Ok(y) };
+        let Some(lora) = lora.filter(|_| stacked.is_none()) else { return Ok(y) };
+        let mut shape = y.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = self.weight.dim(1)?;
+        }
+        let x = &x.reshape(shape)?;
         let changes = self.members.iter().map(|(p, ..)| lora.apply(layer, *p, x, noise));
         let changes = changes.collect::<Result<Vec<_>>>()?;
         if changes.iter().all(Option::is_none) {

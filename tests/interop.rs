@@ -183,7 +183,7 @@ fn mixer(name: &str, sets: &[&str]) -> Mixer {
 }
 
 /// Settings that no shipped recipe has.
-const VARIANTS: [(&str, &[&str]); 22] = [
+const VARIANTS: [(&str, &[&str]); 23] = [
     ("llama/lolcats", &["mixer.window_kind=terraced"]),
     ("llama/lolcats", &["mixer.affine=true", "mixer.feature_map=exp_dim", "mixer.feature_dim=4"]),
     ("llama/lolcats", &["mixer.tie_qk=true", "mixer.skip_connection=true", "mixer.feature_dim=32"]),
@@ -201,6 +201,7 @@ const VARIANTS: [(&str, &[&str]); 22] = [
     ("llama/gsa", &["mixer.slots=0", "mixer.feature_map=silu", "mixer.output={norm=true,gate='sigmoid'}"]),
     ("llama/gsa", &["mixer.slots=5", "mixer.gate={kind='pooled',normaliser=16.0}", "mixer.window.size=0"]),
     ("llama/delta", &["mixer.rotary=true", "mixer.conv=3", "mixer.silu=true", "mixer.scale=0.5"]),
+    ("llama/gated-delta", &["mixer.window.gate=true"]),
     ("llama/mamba2", &["mixer.layout=mohawk", "mixer.bc_norm=false", "mixer.conv=0"]),
     ("llama/mamba2", &["mixer.silu=true", "mixer.output={norm=false,gate='none'}", "mixer.window.size=0"]),
     ("llama/mala", &["mixer.feature_map=softmax_dim", "mixer.rotary=true", "mixer.window.size=0"]),

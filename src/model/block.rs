@@ -88,8 +88,7 @@ impl Block {
 
     /// What attention output `y` [B, T, H, D] adds to the stream: [B, T, N].
     pub fn output(&self, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
-        let (b, t, ..) = y.dims4()?;
-        self.o.apply(self.layer, &y.reshape((b, t, self.heads * self.head_dim))?, lora, noise)
+        self.o.apply(self.layer, y, lora, noise)
     }
 
     /// The stream [B, T, N] after attention output `y` [B, T, H, D] and the MLP.

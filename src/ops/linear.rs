@@ -4,27 +4,26 @@
 //! the backward pass and a tensor as large as the weight. This op has no gradient for W.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{self, Mat, Shared, gemm};
 
-/// `x` [.., in] -> [.., out].
+/// `x` [.., in] -> [.., out]. The last axes of `x` may be several that make up `in`, such as heads and their channels.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (out, inner) = weight.dims2()?;
-    let mut shape = x.dims().to_vec();
-    let rows = x.elem_count() / inner;
-    if let Some(last) = shape.last_mut() {
-        *last = out;
+    let (op, rows) = Op::new(x, weight)?;
+    if x.track_op() || op.fast {
+        return x.contiguous()?.apply_op1(op);
     }
-    let x = x.reshape((rows, inner))?;
-    let fast = super::fast(&x) && rows >= FEW_ROWS;
-    let y = if x.track_op() || fast {
-        x.contiguous()?.apply_op1(Op { weight: weight.contiguous()?, fast })?
-    } else {
-        x.matmul(&weight.t()?)?
-    };
-    y.reshape(shape)
+    let shape = op.shape.clone();
+    x.reshape((rows, weight.dim(1)?))?.matmul(&weight.t()?)?.reshape(shape)
+}
+
+/// The same plus `(x Aᵀ) Bᵀ` with A [R, in] and B [out, R], which have gradients: one node, since every node between costs
+/// a pass over tensors as large as `x` and `y` in the backward pass.
+pub fn linear_with(x: &Tensor, weight: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (op, _) = Op::new(x, weight)?;
+    x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)
 }
 
 /// Below this many rows turning the weight takes longer than multiplying by it.
@@ -32,12 +31,30 @@ const FEW_ROWS: usize = 32;
 
 struct Op {
     weight: Tensor,
+    /// Of the result.
+    shape: Shape,
     fast: bool,
 }
 
 impl Op {
+    /// The op for `x`, and the rows of `x`.
+    fn new(x: &Tensor, weight: &Tensor) -> Result<(Op, usize)> {
+        let (out, inner) = weight.dims2()?;
+        let (mut lead, mut width) = (x.rank(), 1);
+        while lead > 0 && width < inner {
+            lead -= 1;
+            width *= x.dim(lead)?;
+        }
+        if width != inner {
+            bail!("a product of {:?} with a weight of {inner} columns", x.shape());
+        }
+        let rows = x.elem_count() / inner;
+        let shape = Shape::from([&x.dims()[..lead], &[out]].concat());
+        Ok((Op { weight: weight.contiguous()?, shape, fast: super::fast(x) && rows >= FEW_ROWS }, rows))
+    }
+
     /// The f32 product on the CPU: each task turns a panel of W and multiplies all rows by it.
-    fn panels(&self, x: &[f32], w: &[f32]) -> Result<(CpuStorage, Shape)> {
+    fn panels(&self, x: &[f32], w: &[f32]) -> Result<CpuStorage> {
         const PANEL: usize = 64;
         let (out, inner) = self.weight.dims2()?;
         let rows = x.len() / inner;
@@ -51,15 +68,49 @@ impl Op {
             let y = unsafe { shared.mat(from, rows, cols, out) };
             gemm(y, false, 1.0, Mat::new(x, 0, rows, inner, inner), turned);
         });
-        Ok((CpuStorage::F32(y), (rows, out).into()))
+        Ok(CpuStorage::F32(y))
     }
 
-    /// The product on either device.
-    fn product<S: BackendStorage>(&self, x: &S, layout: &Layout, weight: &S) -> Result<(S, Shape)> {
-        let ((rows, inner), (out, _)) = (layout.shape().dims2()?, self.weight.dims2()?);
-        let transposed = self.weight.layout().transpose(0, 1)?;
-        Ok((x.matmul(weight, (1, rows, out, inner), layout, &transposed)?, (rows, out).into()))
+    fn on_cpu(&self, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+        if self.fast {
+            return cpu::with(&self.weight, |w| self.panels(cpu::elements(x, layout)?, w));
+        }
+        match &*self.weight.storage_and_layout().0 {
+            Storage::Cpu(w) => product(x, layout, w, self.weight.layout()),
+            _ => bail!("input on the CPU, weight on {:?}", self.weight.device().location()),
+        }
     }
+
+    fn on_cuda(&self, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+        match &*self.weight.storage_and_layout().0 {
+            Storage::Cuda(w) => product(x, layout, w, self.weight.layout()),
+            _ => bail!("input on a GPU, weight on {:?}", self.weight.device().location()),
+        }
+    }
+
+    /// `grad` as [rows, out], and what it gives the input through the frozen weight, [rows, in].
+    fn back(&self, grad: &Tensor) -> Result<(Tensor, Tensor)> {
+        let grad = grad.contiguous()?.reshape(((), self.weight.dim(0)?))?;
+        let back = grad.matmul(&self.weight)?;
+        Ok((grad, back))
+    }
+}
+
+/// `x` [rows, in] times the transpose of `w` [out, in], both contiguous, on either device.
+fn product<S: BackendStorage>(x: &S, x_layout: &Layout, w: &S, w_layout: &Layout) -> Result<S> {
+    let (out, inner) = w_layout.shape().dims2()?;
+    let rows = x_layout.shape().elem_count() / inner;
+    let flat = Layout::contiguous_with_offset((rows, inner), x_layout.start_offset());
+    x.matmul(w, (1, rows, out, inner), &flat, &w_layout.transpose(0, 1)?)
+}
+
+/// `y` plus `(x Aᵀ) Bᵀ`.
+fn add_low_rank<S: BackendStorage>(y: S, [x, a, b]: [(&S, &Layout); 3]) -> Result<S> {
+    let rows = x.1.shape().elem_count() / a.1.shape().dims2()?.1;
+    let low = Layout::contiguous((rows, a.1.shape().dims2()?.0));
+    let all = Layout::contiguous((rows, b.1.shape().dims2()?.0));
+    let more = product(&product(x.0, x.1, a.0, a.1)?, &low, b.0, b.1)?;
+    y.binary_impl::<candle_core::op::Add>(&more, &all, &all)
 }
 
 impl CustomOp1 for Op {
@@ -68,30 +119,75 @@ impl CustomOp1 for Op {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        if self.fast {
-            return cpu::with(&self.weight, |w| self.panels(cpu::elements(x, layout)?, w));
-        }
-        match &*self.weight.storage_and_layout().0 {
-            Storage::Cpu(w) => self.product(x, layout, w),
-            _ => bail!("input on the CPU, weight on {:?}", self.weight.device().location()),
-        }
+        Ok((self.on_cpu(x, layout)?, self.shape.clone()))
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        match &*self.weight.storage_and_layout().0 {
-            Storage::Cuda(w) => self.product(x, layout, w),
-            _ => bail!("input on a GPU, weight on {:?}", self.weight.device().location()),
-        }
+        Ok((self.on_cuda(x, layout)?, self.shape.clone()))
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        grad.contiguous()?.matmul(&self.weight).map(Some)
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.back(grad)?.1.reshape(x.shape()).map(Some)
+    }
+}
+
+impl CustomOp3 for Op {
+    fn name(&self) -> &'static str {
+        "frozen_linear_with_low_rank"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = self.on_cpu(x, x_layout)?;
+        Ok((add_low_rank(y, [(x, x_layout), (a, a_layout), (b, b_layout)])?, self.shape.clone()))
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        a: &CudaStorage,
+        a_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let y = self.on_cuda(x, x_layout)?;
+        Ok((add_low_rank(y, [(x, x_layout), (a, a_layout), (b, b_layout)])?, self.shape.clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (a, b, rows) = (a.detach(), b.detach(), x.detach().reshape(((), a.dim(1)?))?);
+        // The input of the first block has no gradient to give.
+        let (grad, back) = match x.track_op() {
+            true => self.back(grad).map(|(grad, back)| (grad, Some(back)))?,
+            false => (grad.contiguous()?.reshape(((), b.dim(0)?))?, None),
+        };
+        let low = grad.matmul(&b)?; // [rows, R]
+        let back = back.map(|back| (back + low.matmul(&a)?)?.reshape(x.shape())).transpose()?;
+        let to_a = low.t()?.matmul(&rows)?;
+        let to_b = grad.t()?.matmul(&rows.matmul(&a.t()?)?)?;
+        Ok((back, Some(to_a), Some(to_b)))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::check::{check, input};
+    use candle_core::DType;
 
     #[test]
     fn gradient_of_the_input_only() {
@@ -100,6 +196,27 @@ mod tests {
             check("linear", &[input("randn", &[2, rows, 5], 1)], 2e-6, |x| {
                 super::linear(&x[0], &weight.to_dtype(x[0].dtype())?)
             });
+            let inputs = [input("randn", &[2, rows, 5], 1), input("randn", &[3, 5], 3), input("randn", &[out, 3], 4)];
+            check("linear with low rank", &inputs, 5e-6, |x| {
+                let weight = weight.to_dtype(x[0].dtype())?;
+                match x[0].dtype() {
+                    DType::F64 => {
+                        let flat = x[0].reshape(((), 5))?;
+                        let low = flat.matmul(&x[1].t()?)?.matmul(&x[2].t()?)?;
+                        (flat.matmul(&weight.t()?)? + low)?.reshape((2, rows, out))
+                    }
+                    _ => super::linear_with(&x[0], &weight, &x[1], &x[2]),
+                }
+            });
         }
+    }
+
+    /// Heads and channels as one axis, and a row width that fits none.
+    #[test]
+    fn last_axes_are_joined() {
+        let (x, weight) = (input("randn", &[2, 40, 3, 4], 1), input("randn", &[7, 12], 2));
+        check("joined axes", &[x.clone()], 2e-6, |x| super::linear(&x[0], &weight.to_dtype(x[0].dtype())?));
+        assert_eq!(super::linear(&x, &weight).unwrap().dims(), [2, 40, 7]);
+        assert!(super::linear(&x, &input("randn", &[7, 10], 2)).is_err());
     }
 }

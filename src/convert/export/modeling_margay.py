@@ -265,7 +265,11 @@ class Pass:
         weights = [self.weight("mix_window"), self.weight("mix_linear")]
         if weights[0] is None:
             weights = [linear.new_full((linear.shape[1],), settings[key]) for key in ("weight", "linear_weight")]
-        return self.window(settings["size"])[0] * self.by_head(weights[0]) + linear * self.by_head(weights[1])
+        window = self.window(settings["size"])[0]
+        if settings["gate"]:
+            factors = 2 * self.project("mix_gate.weight").sigmoid().mT[..., None]  # [B, 2 H, T, 1]
+            window, linear = (y * f for y, f in zip((window, linear), factors.chunk(2, 1)))
+        return window * self.by_head(weights[0]) + linear * self.by_head(weights[1])
 
     def shared(self, phi_q, log_decay, keys, sinks=None):
         """A softmax window and a decaying linear branch under one denominator: a key joins the state when it leaves the
