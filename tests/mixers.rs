@@ -12,7 +12,7 @@ use loops::{Hybrid, Keys, dot, rotate};
 use margay::convert::load::tensor_name;
 use margay::convert::swap::swap;
 use margay::error::Kind;
-use margay::families::{Architecture, Rope, RopeScaling};
+use margay::families::{Architecture, Layer, Rope, RopeScaling};
 use margay::mixers::lolcats::{Bias, Config, FeatureMap, WindowKind};
 use margay::mixers::{Design, Heads, Mixer, REGISTRY, State};
 use margay::params::Param;
@@ -26,7 +26,6 @@ const THETA: f64 = 100.0;
 /// Two query heads to a key head; with and without a window in the teacher.
 fn architectures() -> [Architecture; 2] {
     let plain = Architecture {
-        family: "llama",
         hidden: 32,
         layers: 3,
         heads: 4,
@@ -35,15 +34,13 @@ fn architectures() -> [Architecture; 2] {
         intermediate: 48,
         vocab: 40,
         norm_eps: 1e-5,
-        rope: Rope { theta: THETA, scaling: RopeScaling::None },
-        window: None,
+        ropes: vec![Rope { theta: THETA, scaling: RopeScaling::None }],
+        rotary: 8,
         max_positions: 512,
         tied: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
+        ..Architecture::default()
     };
-    [plain.clone(), Architecture { window: Some(16), ..plain }]
+    [plain.clone(), Architecture { layer: vec![Layer { window: Some(16), ..Layer::default() }], ..plain }]
 }
 
 /// Every variant of every mixer, on every architecture that changes it.
@@ -51,9 +48,9 @@ fn each(mut visit: impl FnMut(&str, &Architecture, &dyn Design)) {
     for def in REGISTRY {
         for (n, design) in (def.variants)().iter().enumerate() {
             for a in &architectures() {
-                let what = format!("{} variant {n}, teacher window {:?}", def.name, a.window);
+                let what = format!("{} variant {n}, teacher window {:?}", def.name, a.layer(0).window);
                 design.check(a).unwrap_or_else(|problem| panic!("{what}: {problem}"));
-                if a.window.is_none() || build(design.as_ref(), a, DType::F32).is_softmax() {
+                if a.layer(0).window.is_none() || build(design.as_ref(), a, DType::F32).is_softmax() {
                     visit(&what, a, design.as_ref());
                 }
             }
@@ -402,7 +399,7 @@ fn states_have_their_declared_size() {
         };
         let (early, late) = (largest(100, 150), largest(350, 400));
         let declared = design.state_bytes(a, 400, 4);
-        if mixer.is_softmax() && a.window.is_none() {
+        if mixer.is_softmax() && a.layer(0).window.is_none() {
             // Room for growth: at most twice what is in use.
             assert!((declared..=2 * declared).contains(&late), "{what}: {late} bytes, {declared} declared");
             return;

@@ -428,7 +428,7 @@ fn inspection_of_a_converted_model() {
     assert_eq!((p.total, p.mixers), (8_030_261_248 + 16_778_240, 16_778_240));
     assert_eq!(p.total, p.embedding + p.head + 32 * p.block + 4096 + p.mixers);
     assert!(found.mixers.iter().all(|m| *m == "lolcats"));
-    assert_eq!((found.context, found.rope.theta), (131_072, 500_000.0));
+    assert_eq!((found.context, found.ropes[0].theta), (131_072, 500_000.0));
 
     // S and z in f32: 32 · 128 · 129 · 4 B = 2.1 MB per layer; the ring 0.26 MB; the cache 131 KB per token.
     let state = &found.state;

@@ -121,7 +121,9 @@ pub fn export(
         let data = match claim {
             Claim::Reads(Role::Weight(layer, p)) if merged.contains(name) => {
                 let (layer, p, dtype) = (*layer, *p, info.dtype);
-                Data::Lazy(Box::new(move || writer::tensor_bytes(&decoder.block(layer).weight(p)?, dtype)))
+                Data::Lazy(Box::new(move || {
+                    writer::tensor_bytes(&decoder.block(layer).stored(&decoder.architecture, p)?, dtype)
+                }))
             }
             _ => Data::Bytes(checkpoint.bytes(name)?),
         };

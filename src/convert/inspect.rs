@@ -8,9 +8,9 @@ use super::load::{Description, Linearization};
 use super::plan::{Section, bytes, count, dtypes, heads, ranges};
 use crate::checkpoint::Headers;
 use crate::error::Result;
-use crate::families::{Architecture, Claim, RopeScaling};
+use crate::families::{self, Architecture, Claim};
 use crate::mixers::Design;
-use crate::mixers::softmax::Softmax;
+use crate::mixers::softmax::{Softmax, cache_bytes};
 use crate::recipe::Mixer;
 
 /// Contexts at which the state is sized.
@@ -34,9 +34,13 @@ pub struct Inspection {
     pub vocab: usize,
     /// Positions the model was made for.
     pub context: usize,
-    /// Keys each row of its softmax sees, where that is limited.
+    /// Keys each row of its softmax sees, where that is limited, and the layers where it is.
     pub sliding_window: Option<usize>,
-    pub rope: Rope,
+    pub sliding_layers: Vec<usize>,
+    /// The rotations, of layers that see everything first.
+    pub ropes: Vec<Rope>,
+    /// The experts of sparse layers.
+    pub experts: Option<Experts>,
     /// The attention of every layer.
     pub mixers: Vec<&'static str>,
     pub parameters: Parameters,
@@ -55,6 +59,15 @@ pub struct Rope {
     pub theta: f64,
     /// In words.
     pub scaling: String,
+    pub layers: Vec<usize>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Experts {
+    pub count: usize,
+    /// Per token.
+    pub used: usize,
+    pub intermediate: usize,
 }
 
 /// Numbers of weights; a tied head counts as embedding.
@@ -115,8 +128,10 @@ impl Inspection {
             intermediate: a.intermediate,
             vocab: a.vocab,
             context: a.max_positions,
-            sliding_window: a.window,
-            rope: Rope { theta: a.rope.theta, scaling: scaling(&a.rope.scaling) },
+            sliding_window: (0..a.layers).find_map(|l| a.layer(l).window),
+            sliding_layers: (0..a.layers).filter(|l| a.layer(*l).window.is_some()).collect(),
+            ropes: ropes(&a),
+            experts: a.experts.map(|e| Experts { count: e.count, used: e.used, intermediate: e.intermediate }),
             mixers: (0..a.layers).map(mixer).collect(),
             parameters: Parameters {
                 total: sum(|c| matches!(c, Claim::Reads(_) | Claim::Mixer)),
@@ -142,7 +157,19 @@ impl Inspection {
         names.sort_unstable();
         names.dedup();
         let mixers: Vec<String> = names.iter().map(|name| format!("{name} in {}", ranges(&of(name)))).collect();
-        let window = self.sliding_window.map(|w| format!(", softmax sees {w} keys")).unwrap_or_default();
+        let layers = self.mixers.len();
+        let within = |list: &[usize]| match list.len() == layers {
+            true => String::new(),
+            false => format!(" in {}", ranges(list)),
+        };
+        let window = self.sliding_window.map(|w| format!(", softmax sees {w} keys{}", within(&self.sliding_layers)));
+        let window = window.unwrap_or_default();
+        let rope = |r: &Rope| match r.scaling.as_str() {
+            "off" => format!("off{}", within(&r.layers)),
+            scaling => format!("theta {}, {scaling}{}", r.theta, within(&r.layers)),
+        };
+        let ropes: Vec<String> = self.ropes.iter().map(rope).collect();
+        let experts = self.experts.map(|e| format!(", {} of {} experts of {}", e.used, e.count, e.intermediate));
         let weights = if self.weights { "" } else { ", as config.json says" };
         let model = Section::list(
             "Model",
@@ -152,9 +179,12 @@ impl Inspection {
                 ("family", self.family.into()),
                 ("layers", format!("{}: {}", self.mixers.len(), mixers.join("; "))),
                 ("heads", format!("{} of {}, {} key heads", self.heads, self.head_dim, self.kv_heads)),
-                ("widths", format!("hidden {}, MLP {}, vocabulary {}", self.hidden, self.intermediate, self.vocab)),
+                ("widths", {
+                    let experts = experts.unwrap_or_default();
+                    format!("hidden {}, MLP {}{experts}, vocabulary {}", self.hidden, self.intermediate, self.vocab)
+                }),
                 ("context", format!("{}{window}", self.context)),
-                ("rope", format!("theta {}, {}", self.rope.theta, self.rope.scaling)),
+                ("rope", ropes.join("; ")),
                 ("parameters", format!("{}{weights}", count(p.total))),
                 (
                     "",
@@ -188,11 +218,11 @@ impl State {
             None => (Mixer::Lolcats(Default::default()), all),
         };
         let design = mixer.design();
-        let kept = a.layers - layers.len().min(a.layers);
+        let kept: Vec<usize> = (0..a.layers).filter(|l| !layers.contains(l)).collect();
         let size = |context| {
-            let softmax = Softmax.state_bytes(a, context, ELEMENT);
             let linear = design.state_bytes(a, context, ELEMENT);
-            Size { context, state: layers.len() * linear + kept * softmax, cache: a.layers * softmax }
+            let kept = cache_bytes(a, kept.iter().copied(), context, ELEMENT);
+            Size { context, state: layers.len() * linear + kept, cache: cache_bytes(a, 0..a.layers, context, ELEMENT) }
         };
         State {
             mixer: design.name(),
@@ -219,13 +249,11 @@ fn break_even(smaller: impl Fn(usize) -> bool) -> Option<usize> {
     Some(high)
 }
 
-fn scaling(scaling: &RopeScaling) -> String {
-    match scaling {
-        RopeScaling::None => "not scaled".into(),
-        RopeScaling::Linear { factor } => format!("linear x {factor}"),
-        RopeScaling::Dynamic { factor, original } => format!("dynamic x {factor} beyond {original}"),
-        RopeScaling::Llama3 { factor, low, high, original } => {
-            format!("llama3 x {factor} beyond {original}, ramp {low} to {high}")
-        }
-    }
+fn ropes(a: &Architecture) -> Vec<Rope> {
+    let of = |(n, rope): (usize, &families::Rope)| Rope {
+        theta: rope.theta,
+        scaling: rope.scaling.to_string(),
+        layers: (0..a.layers).filter(|l| a.layer(*l).rope == n).collect(),
+    };
+    a.ropes.iter().enumerate().map(of).collect()
 }

@@ -16,10 +16,10 @@ pub use cost::{Memory, PlanDevice, Stage, micro_batch, steps};
 pub use table::{Section, bytes, count, heads, ranges};
 
 use super::load::{Description, Linearization, tensor_name};
-use super::trained;
+use super::trained::{self, Reach};
 use crate::checkpoint::{Config, Headers, Place, Source, TensorInfo, byte_size};
 use crate::error::{Error, Kind, Result};
-use crate::families::{self, Architecture, Claim, Projection, Role};
+use crate::families::{self, Architecture, Claim, Names, Projection, Role};
 use crate::mixers::Design;
 use crate::recipe::{self, Loaded};
 
@@ -152,12 +152,21 @@ impl Plan {
         let refuse = |text: String| {
             Error::new(Kind::Recipe, format!("recipe `{}` does not fit `{}`: {text}", loaded.origin, headers.source.id))
         };
-        let converted = recipe.converted(a.layers).map_err(refuse)?;
+        let converted = recipe.converted(a).map_err(refuse)?;
         let design = recipe.mixer.design();
         design.check(a).map_err(refuse)?;
         for (name, stage) in recipe.in_order() {
             if let Some((key, text)) = stage.problems().into_iter().next() {
                 return Err(refuse(format!("`stage.{name}.{key}` {text}")));
+            }
+            let Reach { lora, full } = Reach::of(stage, a.layers, &converted);
+            let missing = |(l, p): &&(usize, Projection)| !a.projections(*l).any(|there| there == *p);
+            if let Some((layer, p)) = lora.iter().chain(&full).find(missing) {
+                let what = match a.experts(*layer) {
+                    Some(_) => "which is made of experts that stay as they are",
+                    None => "which has none",
+                };
+                return Err(refuse(format!("`stage.{name}` trains `{}` of layer {layer}, {what}", p.name())));
             }
             if stage.loss.attention_ce > 0.0 && !design.convex() {
                 let mixer = design.name();
@@ -186,7 +195,7 @@ impl Plan {
         let mut tensors = Vec::with_capacity(headers.tensors.len());
         for (name, info) in &headers.tensors {
             let claim = description.claims.get(name).copied();
-            tensors.push(source_tensor(headers, name, info, claim, &merged)?);
+            tensors.push(source_tensor(headers, name, info, claim, &merged, a.names)?);
         }
         tensors.extend(converted.iter().flat_map(|layer| new_tensors(a, design, *layer)));
 
@@ -316,9 +325,11 @@ fn source_tensor(
     info: &TensorInfo,
     claim: Option<Claim>,
     merged: &BTreeMap<(usize, Projection), String>,
+    names: &Names,
 ) -> Result<Tensor> {
     let changed = |claim: Option<Claim>| match claim {
-        Some(Claim::Reads(Role::Weight(layer, p))) => merged.get(&(layer, p)).cloned(),
+        // Projections that share a tensor mostly change for the same reason; the first that changes says it.
+        Some(Claim::Reads(Role::Weight(layer, p))) => names.beside(p).find_map(|p| merged.get(&(layer, p)).cloned()),
         _ => None,
     };
     let (fate, note) = match claim {

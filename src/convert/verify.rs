@@ -15,6 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::evaluate::diagnose::{self, Branch, Diagnostics, LINEAR_SHARE, diagnose};
 use crate::evaluate::{Quality, Subject, quality};
 use crate::families::Claim;
+use crate::mixers::softmax::cache_bytes;
 use crate::model::Steps;
 use crate::progress::{Progress, Silent};
 
@@ -309,13 +310,12 @@ fn speed(model: &Model, subject: Subject, context: usize, ids: &[u32], device: &
     run(2)?;
     let seconds = run(n)?;
     let a = model.architecture();
-    let teacher: Box<dyn crate::mixers::Design> = Box::new(crate::mixers::softmax::Softmax);
     let element = subject.decoder.dtype.size_in_bytes();
     Ok(Speed {
         context,
         tokens_per_second: n as f64 / seconds.max(1e-9),
         state_bytes,
-        teacher_cache_bytes: a.layers * teacher.state_bytes(a, context, element),
+        teacher_cache_bytes: cache_bytes(a, 0..a.layers, context, element),
     })
 }
 

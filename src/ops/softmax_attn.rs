@@ -164,7 +164,7 @@ impl SoftmaxAttn {
     pub(crate) fn bend(&self, scores: Tensor) -> Result<Tensor> {
         match self.softcap {
             None => Ok(scores),
-            Some(cap) => (scores / f64::from(cap))?.tanh()? * f64::from(cap),
+            Some(cap) => bend(&scores, f64::from(cap)),
         }
     }
 
@@ -172,6 +172,11 @@ impl SoftmaxAttn {
     fn is_fast(&self, qkv: &Tensor) -> bool {
         super::fast(qkv) && self.softcap.is_none()
     }
+}
+
+/// `cap tanh(x / cap)`: x bent to stay between -cap and cap.
+pub fn bend(x: &Tensor, cap: f64) -> Result<Tensor> {
+    (x / cap)?.tanh()? * cap
 }
 
 /// [B, Hkv, T, D] -> [B, Hkv * groups, T, D]: query head h reads key head h / groups, whole heads repeated.

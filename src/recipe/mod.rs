@@ -25,6 +25,8 @@ pub use stage::{Direction, Kl, Lora, Loss, Optimizer, RESERVED, Schedule, Stage}
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::families::Architecture;
+
 /// The full recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -245,8 +247,8 @@ impl Recipe {
         self.stages.iter().filter_map(|name| self.stage.get(name).map(|stage| (name.as_str(), stage)))
     }
 
-    /// [`Layers::converted`] of a model of `count` layers.
-    pub fn converted(&self, count: usize) -> Result<Vec<usize>, String> {
-        self.layers.converted(count)
+    /// [`Layers::converted`] of a model.
+    pub fn converted(&self, architecture: &Architecture) -> Result<Vec<usize>, String> {
+        self.layers.converted(architecture)
     }
 }

@@ -43,7 +43,7 @@ use serde::Serialize;
 use super::super::trained::Reach;
 use crate::families::{Architecture, Projection};
 use crate::mixers::Design;
-use crate::mixers::softmax::Softmax;
+use crate::mixers::softmax;
 use crate::ops::head_loss::block_rows;
 use crate::recipe;
 
@@ -160,7 +160,7 @@ impl<'a> Costs<'a> {
             hidden: a.hidden as u64,
             query,
             packed: query + 2 * a.kv_heads as u64 * head,
-            mlp: a.intermediate as u64,
+            mlp: a.experts.map_or(0, |e| e.used * e.intermediate).max(a.intermediate) as u64,
             // A linear state sums features times [v, 1] in f32: its size tells the number of features.
             features: design.state_bytes(a, 0, 0) as u64 / (4 * (head + 1)),
             graph: design.graph_width(a) as u64,
@@ -212,8 +212,8 @@ impl<'a> Costs<'a> {
         let own = self.converted.iter().filter(|l| heads.iter().any(|p| changes.places.contains(&(**l, *p)))).count();
         let last = self.converted.last().copied().unwrap_or(0);
 
-        let frozen = 2.0 * (last as f64 * a.block_parameters() as f64 + packed);
-        let teacher = (last + 1) as f64 * Softmax.flops_per_token(a, s.seq_len);
+        let frozen = 2.0 * (last as f64 * a.active_parameters() as f64 + packed);
+        let teacher = softmax::flops_per_token(a, 0..=last, s.seq_len);
         let student = 3.0 * count * self.design.flops_per_token(a, s.seq_len);
         let output = if s.loss.hidden() { 6.0 * count * elements(a, Projection::O) as f64 } else { 0.0 };
         let changed = 2.0 * own as f64 * packed + 6.0 * changes.elements() as f64;
@@ -237,12 +237,12 @@ impl<'a> Costs<'a> {
         let (layers, converted) = (a.layers as u64, self.converted.len() as u64);
         let taught = s.loss.logit_kl > 0.0;
 
-        let blocks = layers as f64 * a.block_parameters() as f64;
-        let softmax = Softmax.flops_per_token(a, s.seq_len);
+        let blocks = layers as f64 * a.active_parameters() as f64;
+        let kept = (0..a.layers).filter(|l| !self.converted.contains(l));
         let attention =
-            converted as f64 * self.design.flops_per_token(a, s.seq_len) + (layers - converted) as f64 * softmax;
+            converted as f64 * self.design.flops_per_token(a, s.seq_len) + softmax::flops_per_token(a, kept, s.seq_len);
         let head = (a.vocab * a.hidden) as f64 * if taught { 6.0 } else { 4.0 };
-        let teacher = if taught { 2.0 * blocks + layers as f64 * softmax } else { 0.0 };
+        let teacher = if taught { 2.0 * blocks + softmax::flops_per_token(a, 0..a.layers, s.seq_len) } else { 0.0 };
 
         let changed =
             |p: &Projection| if changes.places.iter().any(|(_, at)| at == p) { 3 * a.shape(*p)[0] as u64 } else { 0 };
@@ -289,7 +289,8 @@ impl<'a> Costs<'a> {
     /// Frozen weights of one model in memory.
     fn weights(&self) -> u64 {
         let a = self.a;
-        let embeddings = (a.vocab * a.hidden) as u64 * if a.tied { 1 } else { 2 };
+        let positions = if a.has_positions() { a.max_positions } else { 0 };
+        let embeddings = ((a.vocab * if a.tied { 1 } else { 2 } + positions) * a.hidden) as u64;
         let elements = embeddings + a.layers as u64 * a.block_parameters() as u64 + a.hidden as u64;
         elements * self.device.element()
     }
