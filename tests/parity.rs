@@ -8,10 +8,15 @@ mod random;
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
 
-use candle_core::{Device, Tensor};
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, Var};
+use margay::convert::load::Model;
 use margay::families;
 use margay::model::{Decoder, Net};
-use random::{close, flat};
+use margay::progress::Silent;
+use random::{close, flat, randn};
 
 const CPU: Device = Device::Cpu;
 
@@ -67,4 +72,65 @@ fn logits_equal_those_of_transformers() {
     }
     let known: std::collections::BTreeSet<_> = families::REGISTRY.iter().map(|f| f.name).collect();
     assert_eq!(families, known, "every family has a fixture");
+}
+
+/// Checkpoints of GPT-2 leave out what the class puts before its names.
+#[test]
+fn gpt2_in_its_first_spelling() {
+    let config =
+        parity::case(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/gpt2.json"))["config"].clone();
+    let weights = parity::weights(&config);
+    let mut bare: HashMap<String, Tensor> =
+        weights.iter().map(|(name, x)| (name.trim_start_matches("transformer.").to_string(), x.clone())).collect();
+    bare.insert("h.0.attn.bias".into(), Tensor::ones((1, 1, 8, 8), DType::U8, &CPU).unwrap());
+    let run = |weights: &HashMap<String, Tensor>| {
+        let folder = tiny_model::folder(&config, weights);
+        let (model, decoder) = tiny_model::open(folder.path()).unwrap();
+        flat(&logits(&decoder, &Net::teacher(model.architecture()), &tokens(20, 48)))
+    };
+    assert_eq!(run(&bare), run(&weights));
+}
+
+/// Learned positions end; a longer text is an error that says so.
+#[test]
+fn positions_of_gpt2_end() {
+    let config =
+        parity::case(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/gpt2.json"))["config"].clone();
+    let folder = tiny_model::folder(&config, &parity::weights(&config));
+    let (model, decoder) = tiny_model::open(folder.path()).unwrap();
+    let net = Net::teacher(model.architecture());
+    assert!(decoder.hidden(&tokens(512, 48), &net).is_ok());
+    let error = decoder.hidden(&tokens(513, 48), &net).unwrap_err().to_string();
+    assert!(error.contains("512 learned positions"), "{error}");
+}
+
+/// `pull_back` against the slope of the block's output between two points, in f64, for every block of every family.
+#[test]
+fn blocks_have_the_gradient_of_their_output() {
+    for (name, path) in parity::cases() {
+        let config = parity::case(&path)["config"].clone();
+        let folder = tiny_model::folder(&config, &parity::weights(&config));
+        let model = Model::open(folder.path().to_str().unwrap(), &Silent).unwrap();
+        let a = model.architecture();
+        let decoder = Decoder::load(&model.checkpoint, a, DType::F64, &CPU, &Silent).unwrap();
+        let net = Net::teacher(a);
+        let time = 50;
+        let tables = decoder.tables(0, time).unwrap();
+        let random = |seed| randn(&[1, time, a.hidden], seed);
+        let (x, way, weights) = (random(1), random(2), random(3));
+        for layer in 0..a.layers {
+            let (block, mixer) = (decoder.block(layer), net.mixers[layer].as_ref());
+            let value = |step: f64| {
+                let y = block.forward(&(&x + (&way * step).unwrap()).unwrap(), mixer, &tables, None, None).unwrap();
+                (y * &weights).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
+            };
+            let step = 1e-6;
+            let slope = (value(step) - value(-step)) / (2.0 * step);
+            let var = Var::from_tensor(&x).unwrap();
+            let scalar = block.pull_back(var.as_tensor(), mixer, &tables, None, None, &weights).unwrap();
+            let gradient = scalar.backward().unwrap().remove(&var).unwrap();
+            let along = (gradient * &way).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+            assert!((along - slope).abs() < 1e-5 * slope.abs().max(1.0), "{name}, block {layer}: {along}, not {slope}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! A mixture of experts: each token goes through the experts with the largest scores.
 //!
 //! ```text
-//! p = softmax(router x)                                 [E], in f32
+//! p = softmax(router x)                                 [E], at least in f32
 //! y = Σ_e in the K largest  w_e · expert_e(x)           w = p, or p over the sum of the K
 //! ```
 //!
@@ -14,6 +14,7 @@ use crate::families::{self, Architecture, Projection, Role};
 use crate::ops::linear::linear;
 use crate::ops::softmax_attn::softmax;
 use crate::ops::swiglu::swiglu;
+use crate::ops::wide;
 
 /// Frozen weights of a layer's experts.
 pub struct Experts {
@@ -46,8 +47,9 @@ impl Experts {
         let (b, t, n) = x.dims3()?;
         let (rows, used) = (b * t, self.shape.used);
         let flat = x.reshape((rows, n))?;
-        let p = softmax(&linear(&flat, &self.router)?.to_dtype(DType::F32)?)?; // [rows, E]
-        let chosen = largest(&p.detach().to_vec2::<f32>()?, used);
+        let scores = linear(&flat, &self.router)?;
+        let p = softmax(&scores.to_dtype(wide(scores.dtype()))?)?; // [rows, E]
+        let chosen = largest(&p.detach().to_dtype(DType::F64)?.to_vec2()?, used);
         let places = Tensor::from_vec(chosen.clone(), (rows, used), x.device())?;
         let mut weights = p.gather(&places, 1)?; // [rows, K]
         if self.shape.normalised {
@@ -75,7 +77,7 @@ impl Experts {
 }
 
 /// The `k` largest of each row by index, the first of equals first; rows one behind the other.
-fn largest(rows: &[Vec<f32>], k: usize) -> Vec<u32> {
+fn largest(rows: &[Vec<f64>], k: usize) -> Vec<u32> {
     let mut all = Vec::with_capacity(rows.len() * k);
     for row in rows {
         let mut order: Vec<u32> = (0..row.len() as u32).collect();

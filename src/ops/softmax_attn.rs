@@ -162,10 +162,7 @@ impl SoftmaxAttn {
 
     /// The soft-cap.
     pub(crate) fn bend(&self, scores: Tensor) -> Result<Tensor> {
-        match self.softcap {
-            None => Ok(scores),
-            Some(cap) => bend(&scores, f64::from(cap)),
-        }
+        self.softcap.map_or(Ok(scores.clone()), |cap| bend(&scores, f64::from(cap)))
     }
 
     /// Whether the fast CPU form serves this tensor.
@@ -215,7 +212,7 @@ impl Op {
     fn core<'a>(&self, shape: &Shape, qkv: &'a [f32]) -> Result<Core<'a>> {
         let SoftmaxAttn { heads, kv_heads, window, .. } = self.shape;
         let window = Window::Sliding(window.unwrap_or(usize::MAX));
-        let hybrid = HybridAttn { heads, kv_heads, window, affine: false };
+        let hybrid = HybridAttn { heads, kv_heads, window, affine: false, softcap: None };
         // σ(∞) = 1: the denominator is Σ exp(s - top) itself.
         let core = Core::new(hybrid, shape, qkv, None, &vec![f32::INFINITY; heads])?;
         Ok(if self.mass { core.with_mass() } else { core })

@@ -9,8 +9,7 @@ use crate::families::Architecture;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Layers {
-    All(All),
-    Global(Global),
+    Word(Word),
     /// These layers are converted, the others keep softmax.
     Only(Vec<usize>),
     /// These layers keep softmax, the others are converted.
@@ -21,17 +20,12 @@ pub enum Layers {
     KeepBest(KeepBest),
 }
 
-/// The word `all`.
+/// Layers by a word.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum All {
+pub enum Word {
     All,
-}
-
-/// The word `global`: the layers whose softmax sees everything; those that see a window keep it.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Global {
+    /// Those whose softmax sees everything; those that see a window keep it.
     Global,
 }
 
@@ -155,7 +149,7 @@ impl Layers {
         let listed: &[usize] = match self {
             Layers::Only(list) => list,
             Layers::Keep(keep) => &keep.keep,
-            Layers::All(_) | Layers::Global(_) | Layers::Every(_) => &[],
+            Layers::Word(_) | Layers::Every(_) => &[],
             Layers::KeepBest(best) => best.keep_best.kept(count).map(|_| &[][..])?,
         };
         if let Some(bad) = listed.iter().find(|l| **l >= count) {
@@ -165,8 +159,8 @@ impl Layers {
             ));
         }
         let inside = |l: &usize| match self {
-            Layers::All(_) | Layers::KeepBest(_) => true,
-            Layers::Global(_) => a.layer(*l).window.is_none(),
+            Layers::Word(Word::All) | Layers::KeepBest(_) => true,
+            Layers::Word(Word::Global) => a.layer(*l).window.is_none(),
             Layers::Only(list) => list.contains(l),
             Layers::Keep(keep) => !keep.keep.contains(l),
             Layers::Every(group) => !(l + 1).is_multiple_of(group.every),

@@ -16,7 +16,7 @@ mod stage;
 
 use std::collections::BTreeMap;
 
-pub use layers::{All, Best, By, Every, Keep, KeepBest, Layers};
+pub use layers::{Best, By, Every, Keep, KeepBest, Layers, Word};
 pub use load::Loaded;
 pub use show::schema;
 pub use source::{Shipped, list, shipped};
@@ -165,7 +165,7 @@ impl Default for Recipe {
             about: String::new(),
             base: Base::default(),
             seed: 0,
-            layers: Layers::All(All::All),
+            layers: Layers::Word(Word::All),
             mixer: Mixer::Lolcats(Default::default()),
             data: Data::default(),
             stages: ["transfer", "recover"].map(String::from).to_vec(),

@@ -219,8 +219,8 @@ impl<'a> Costs<'a> {
         let changed = 2.0 * own as f64 * packed + 6.0 * changes.elements() as f64;
 
         let squares = match (self.device, s.loss.attention_ce > 0.0) {
-            (PlanDevice::Cpu, false) => 0,
-            (PlanDevice::Cuda, false) => self.plain_squares(12),
+            (PlanDevice::Cpu, false) if self.a.softcap.is_none() => 0,
+            (_, false) => self.plain_squares(12),
             (_, true) => 18,
         };
         let more = if own > 0 { w.hidden + 3 * w.packed } else { 0 } + if s.loss.hidden() { 4 * w.hidden } else { 0 };
@@ -257,7 +257,8 @@ impl<'a> Costs<'a> {
             + Projection::ALL.iter().map(changed).sum::<u64>()
             + s.lora_targets().iter().map(low_rank).sum::<u64>();
         let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
-        let squares = if self.device == PlanDevice::Cuda { self.plain_squares(16) } else { 0 };
+        let plain = self.device == PlanDevice::Cuda || self.a.softcap.is_some();
+        let squares = if plain { self.plain_squares(16) } else { 0 };
         let block = self.activations(micro, s.seq_len, graph + gradients) + self.squares(micro, s.seq_len, squares);
         Cost {
             flops_per_token: 6.0 * blocks + 8.0 * changes.elements() as f64 + 5.0 * attention + head + teacher,
@@ -315,10 +316,11 @@ impl<'a> Costs<'a> {
         micro as u64 * seq_len as u64 * width * self.device.element()
     }
 
-    /// `count` where a GPU has no kernel for heads of this width and the plain forms run.
+    /// `count` where a GPU has no kernel for heads of this width, or nothing has one for a soft-cap, and the plain forms
+    /// run.
     fn plain_squares(&self, count: u64) -> u64 {
         let dim = self.a.head_dim;
-        if dim.is_multiple_of(8) && dim <= 128 { 0 } else { count }
+        if dim.is_multiple_of(8) && dim <= 128 && self.a.softcap.is_none() { 0 } else { count }
     }
 
     /// `count` matrices of attention weights [micro, H, T, T].
