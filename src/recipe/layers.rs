@@ -20,12 +20,11 @@ pub enum Layers {
     KeepBest(KeepBest),
 }
 
-/// Layers by a word.
+/// `all` of them, or the `global` ones, whose softmax sees everything: those that see a window keep it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Word {
     All,
-    /// Those whose softmax sees everything; those that see a window keep it.
     Global,
 }
 
