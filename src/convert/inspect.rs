@@ -70,13 +70,13 @@ pub struct Experts {
     pub intermediate: usize,
 }
 
-/// Numbers of weights; a tied head counts as embedding.
+/// Numbers of weights; a tied head counts as embedding, and so do learned positions.
 #[derive(Debug, Clone, Serialize)]
 pub struct Parameters {
     pub total: u64,
     pub embedding: u64,
     pub head: u64,
-    /// One block without what a mixer adds.
+    /// One block without what a mixer adds; the mean one where they differ.
     pub block: u64,
     /// All that the mixers add.
     pub mixers: u64,
@@ -114,7 +114,8 @@ impl Inspection {
             let names = claims.iter().filter(|(_, claim)| wanted(claim)).map(|(name, _)| name);
             names.filter_map(|name| headers.tensors.get(name)).map(|info| info.elements()).sum()
         };
-        let embedding = (a.vocab * a.hidden) as u64;
+        let head = (a.vocab * a.hidden) as u64;
+        let positions = if a.has_positions() { a.max_positions * a.hidden } else { 0 };
         let converted = |layer: usize| linearization.as_ref().filter(|l| l.layers.contains(&layer));
         let mixer = |layer: usize| converted(layer).map_or(Softmax.name(), |l| l.mixer.design().name());
         Ok(Inspection {
@@ -135,8 +136,8 @@ impl Inspection {
             mixers: (0..a.layers).map(mixer).collect(),
             parameters: Parameters {
                 total: sum(|c| matches!(c, Claim::Reads(_) | Claim::Mixer)),
-                embedding,
-                head: if a.tied { 0 } else { embedding },
+                embedding: head + positions as u64,
+                head: if a.tied { 0 } else { head },
                 block: a.block_parameters() as u64,
                 mixers: sum(|c| *c == Claim::Mixer),
             },

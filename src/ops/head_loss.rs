@@ -395,17 +395,26 @@ mod tests {
     /// The definition by autograd over whole logits. The `k` likeliest tokens of the teacher are those that at most
     /// `k` - 1 others exceed.
     fn oracle(h: &Tensor, head: &Tensor, target: &Target) -> Result<Tensor> {
+        capped_oracle(h, head, None, target)
+    }
+
+    /// The same where the model bends its logits.
+    fn capped_oracle(h: &Tensor, head: &Tensor, softcap: Option<f64>, target: &Target) -> Result<Tensor> {
         let log_p = |z: &Tensor, tau: f64| -> Result<Tensor> {
             let z = (z.to_dtype(super::super::wide(z.dtype()))? / tau)?; // as precise as the product that made them
             let z = z.broadcast_sub(&z.max_keepdim(1)?.detach())?;
             z.broadcast_sub(&z.exp()?.sum_keepdim(1)?.log()?)
         };
-        let z = h.matmul(&head.t()?)?;
+        let logits = |h: &Tensor| {
+            let z = h.matmul(&head.t()?)?;
+            softcap.map_or(Ok(z.clone()), |cap| (z / cap)?.tanh()? * cap)
+        };
+        let z = logits(h)?;
         let tokens = target.tokens.unsqueeze(1)?;
         let mut rows = (log_p(&z, 1.0)?.gather(&tokens, 1)?.squeeze(1)? * -target.ce_weight)?;
         if let Some(teacher) = target.teacher {
             let Kl { direction, temperature: tau, top_k } = target.kl;
-            let t = teacher.matmul(&head.t()?)?;
+            let t = logits(teacher)?;
             let (mut q, mut p) = (log_p(&z, tau)?, log_p(&t, tau)?);
             if top_k > 0 && top_k < z.dim(1)? {
                 let above = t.unsqueeze(1)?.broadcast_gt(&t.unsqueeze(2)?)?.to_dtype(q.dtype())?.sum(2)?;
@@ -467,6 +476,24 @@ mod tests {
                     }
                 });
             }
+        }
+    }
+
+    #[test]
+    fn bent_logits_have_the_gradient_of_what_they_are_bent_from() {
+        let (rows, width, vocab) = (37, 6, 50);
+        let tokens = Tensor::from_iter((0..rows as u32).map(|i| i * 7 % vocab), &Device::Cpu).unwrap();
+        let (head, t) = (input("randn", &[vocab as usize, width], 2), input("randn", &[rows, width], 3));
+        for (kl, plain) in divergences().into_iter().flat_map(|kl| [(kl, false), (kl, true)]) {
+            check(&format!("bent head_loss {kl:?}"), &[input("randn", &[rows, width], 1)], 5e-6, |x| {
+                let (t, head) = (t.to_dtype(x[0].dtype())?, head.to_dtype(x[0].dtype())?);
+                let target =
+                    Target { tokens: &tokens, mask: None, teacher: Some(&t), ce_weight: 0.7, kl_weight: 1.3, kl };
+                match (x[0].dtype(), plain) {
+                    (DType::F64, false) | (DType::F32, true) => capped_oracle(&x[0], &head, Some(2.5), &target),
+                    _ => head_loss(&x[0], Head { weight: &head, softcap: Some(2.5) }, &target),
+                }
+            });
         }
     }
 

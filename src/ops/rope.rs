@@ -144,8 +144,9 @@ mod tests {
         let angle = input("large", &[37, 4], 3).to_dtype(candle_core::DType::F32).unwrap();
         let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
         for kind in INPUTS {
-            for rotated in [3, 5] {
-                check(kind, &[input(kind, &[2, 37, 5, 8], 1)], 2e-6, |x| super::rope(&x[0], &cos, &sin, rotated));
+            // All of a head turns, or 8 channels of 12.
+            for (rotated, dim) in [(3, 8), (5, 8), (3, 12), (5, 12)] {
+                check(kind, &[input(kind, &[2, 37, 5, dim], 1)], 2e-6, |x| super::rope(&x[0], &cos, &sin, rotated));
             }
         }
     }
