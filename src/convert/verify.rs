@@ -163,8 +163,12 @@ pub fn verify(
         report.stages.push(Stage { name: "exported".into(), quality: found });
     }
     branches(&mut report, subject, &ids[..ids.len().min(512)], device)?;
-    for context in against.contexts {
-        report.speeds.push(speed(&model, subject, *context, &ids, device)?);
+    let a = model.architecture();
+    let longest = if a.has_positions() { a.max_positions.saturating_sub(STEPS + 2) } else { usize::MAX };
+    let mut contexts: Vec<usize> = against.contexts.iter().map(|context| (*context).min(longest)).collect();
+    contexts.dedup(); // of those that are longer than the model's positions
+    for context in contexts {
+        report.speeds.push(speed(&model, subject, context, &ids, device)?);
     }
     Ok(report)
 }
@@ -288,6 +292,9 @@ fn recurrence(report: &mut Report, model: Subject, ids: &[u32], device: &Device)
     Ok(())
 }
 
+/// Tokens that are timed.
+const STEPS: usize = 16;
+
 /// Decodes after a prefill of `context` tokens.
 fn speed(model: &Model, subject: Subject, context: usize, ids: &[u32], device: &Device) -> Result<Speed> {
     let ids: Vec<u32> = ids.iter().copied().cycle().take(context).collect();
@@ -296,7 +303,7 @@ fn speed(model: &Model, subject: Subject, context: usize, ids: &[u32], device: &
         let part = Tensor::new(part, device)?.unsqueeze(0)?;
         subject.decoder.extend(&part, subject.net, &mut states)?;
     }
-    let n = 16;
+    let n = STEPS;
     let mut steps = Steps::new(subject.decoder, subject.net, states, 1, n + 2);
     let state_bytes = steps.state_bytes();
     let mut run = |n: usize| -> Result<f64> {

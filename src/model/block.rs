@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::families::{Architecture, HeadNorm, Place, Projection, Role};
 use crate::mixers::{Heads, Mixer};
 use crate::ops::loss::with_gradient;
+use crate::ops::{scaled, wide};
 use crate::params::{Adapters, Stack};
 
 /// Frozen weights of one block.
@@ -28,7 +29,7 @@ pub struct Block {
     /// In the order of [`Place`].
     norms: [Option<Norm>; 4],
     head_norms: Option<HeadNorms>,
-    /// What heads are multiplied by, [H + 2 Hkv, 1]: queries by the family's scale of scores, times sqrt(D).
+    /// What heads are multiplied by, [H + 2 Hkv, 1] in f32: queries by the family's scale of scores, times sqrt(D).
     head_scale: Option<Tensor>,
     pub(super) qkv: Stack,
     pub(super) o: Stack,
@@ -90,7 +91,7 @@ impl Block {
             let of = |head: usize| if head < a.heads { scale as f32 } else { 1.0 };
             let (weight, _) = qkv.whole();
             let scales = Tensor::from_iter((0..a.heads + 2 * a.kv_heads).map(of), weight.device())?;
-            Some(scales.to_dtype(weight.dtype())?.unsqueeze(1)?)
+            Some(scales.to_dtype(wide(weight.dtype()))?.unsqueeze(1)?)
         };
         Ok(Block {
             layer,
@@ -157,8 +158,7 @@ impl Block {
 
     /// What a half of the block adds to the stream, from what came out of it.
     fn added(&self, place: Place, y: &Tensor) -> TensorResult<Tensor> {
-        let y = self.normed(place, y)?;
-        if self.scale == 1.0 { Ok(y) } else { y * self.scale }
+        scaled(&self.normed(place, y)?, self.scale)
     }
 
     /// Queries, keys and values of `x` [B, T, N], packed and not yet rotated.
@@ -183,7 +183,7 @@ impl Block {
             qkv = Tensor::cat(&[normed(&norms.q, part(0, h)?)?, normed(&norms.k, part(h, g)?)?, part(h + g, g)?], 2)?;
         }
         if let Some(scale) = &self.head_scale {
-            qkv = qkv.broadcast_mul(scale)?;
+            qkv = qkv.to_dtype(scale.dtype())?.broadcast_mul(scale)?.to_dtype(qkv.dtype())?;
         }
         let (cos, sin) = tables.of(self.rope);
         Ok(Heads::new(x, qkv, self.heads, self.kv_heads, cos, sin).capped(self.softcap))
@@ -256,8 +256,7 @@ impl Block {
         let mlp = match self.last_weight(lora) {
             Some(weight) => {
                 let from_above = from_above.flatten(0, 1)?.matmul(&weight?)?.reshape(inner.shape())?;
-                let from_above = if self.scale == 1.0 { from_above } else { (from_above * self.scale)? };
-                with_gradient(&inner, zero, from_above)?
+                with_gradient(&inner, zero, scaled(&from_above, self.scale)?)?
             }
             None => with_gradient(&self.last(&inner, lora, noise)?, zero, from_above.clone())?,
         };

@@ -22,6 +22,7 @@ use crate::families::{Architecture, Part, Role, Rope};
 use crate::mixers::softmax::Softmax;
 use crate::mixers::{Design, Mixer, Spec, State};
 use crate::ops::head_loss::Head;
+use crate::ops::scaled;
 use crate::ops::softmax_attn::bend;
 use crate::params::{Adapters, Param};
 use crate::progress::Progress;
@@ -201,6 +202,7 @@ impl Decoder {
         let (b, t) = ids.dims2()?;
         let mut x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, a.hidden))?;
         if a.embedding_scale != 1.0 {
+            // Rounded to the precision of the embeddings, as the families that have it do.
             x = (x * a.embedding_scale)?;
         }
         match &self.positions {
@@ -214,9 +216,7 @@ impl Decoder {
 
     /// The last hidden state behind the final norm, so that its product with the head gives logits up to the soft-cap.
     pub fn final_norm(&self, x: &Tensor) -> TensorResult<Tensor> {
-        let y = self.final_norm.forward(x)?;
-        let scale = self.architecture.logit_scale;
-        if scale == 1.0 { Ok(y) } else { y * scale }
+        scaled(&self.final_norm.forward(x)?, self.architecture.logit_scale)
     }
 
     /// What makes logits of hidden states.

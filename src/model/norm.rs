@@ -36,13 +36,14 @@ impl Norm {
                 rms_norm(&x.to_dtype(wide(x.dtype()))?, &self.weight, self.eps)?.to_dtype(x.dtype())
             }
             (NormKind::Layer, bias) => {
-                let wide = x.to_dtype(wide(x.dtype()))?;
+                let dtype = wide(x.dtype());
+                let wide = x.to_dtype(dtype)?;
                 let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
                 let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?;
-                let y = centred.broadcast_div(&deviation)?.to_dtype(x.dtype())?.broadcast_mul(&self.weight)?;
+                let y = centred.broadcast_div(&deviation)?.broadcast_mul(&self.weight.to_dtype(dtype)?)?;
                 match bias {
-                    Some(bias) => y.broadcast_add(bias),
-                    None => Ok(y),
+                    Some(bias) => y.broadcast_add(&bias.to_dtype(dtype)?)?.to_dtype(x.dtype()),
+                    None => y.to_dtype(x.dtype()),
                 }
             }
         }
