@@ -89,7 +89,7 @@ fn heads<R>(a: &Architecture, qkv: &Tensor, from: usize, f: impl FnOnce(&Heads) 
         Tensor::from_iter(cells.collect::<Vec<_>>(), &CPU)?.reshape((time, w.len()))?.to_dtype(qkv.dtype())
     };
     let (cos, sin) = (table(f64::cos).unwrap(), table(f64::sin).unwrap());
-    f(&Heads::new(input(a, qkv), qkv.clone(), a.heads, a.kv_heads, &cos, &sin)).unwrap()
+    f(&Heads::new(input(a, qkv), qkv.clone(), a.heads, a.kv_heads, &cos, &sin).capped(a.softcap)).unwrap()
 }
 
 /// A layer input [B, T, N] that belongs to `qkv`: what depends on it depends on `qkv`, with a gradient.
@@ -112,6 +112,35 @@ fn extend(a: &Architecture, mixer: &dyn Mixer, qkv: &Tensor, sizes: &[usize]) ->
         assert_eq!(state.seen, from);
     }
     (Tensor::cat(&parts, 1).unwrap(), state)
+}
+
+/// Where the teacher bends its scores, windows do too, in every form; a mixer that cannot refuses.
+#[test]
+fn windows_bend_their_scores_as_the_teacher_does() {
+    let [plain, _] = architectures();
+    let bent = Architecture { softcap: Some(1.5), ..plain.clone() };
+    let mut windows = 0;
+    for (def, design) in REGISTRY.iter().flat_map(|def| (def.variants)().into_iter().map(move |d| (def, d))) {
+        if let Err(why) = design.check(&bent) {
+            assert!(def.name == "gsa" && why.contains("±1.5"), "{}: {why}", def.name);
+            continue;
+        }
+        for (dtype, tolerance) in [(DType::F64, 1e-9), (DType::F32, 1e-4)] {
+            let qkv = sequences(&bent, 65, 3).to_dtype(dtype).unwrap();
+            let mixer = build(design.as_ref(), &bent, dtype);
+            let (y, weights) = heads(&bent, &qkv, 0, |h| mixer.parallel(h));
+            close(&format!("{}, fast", def.name), &heads(&bent, &qkv, 0, |h| mixer.forward(h)), &y, tolerance);
+            let pieces = extend(&bent, mixer.as_ref(), &qkv, &[20, 1, 1, 30, 13]).0;
+            close(&format!("{}, in pieces", def.name), &pieces, &y, tolerance);
+            if weights.window.is_some() {
+                let straight = build(design.as_ref(), &plain, dtype);
+                let other = heads(&plain, &qkv, 0, |h| straight.parallel(h)).0;
+                assert!(flat(&(other - &y).unwrap()).iter().any(|d| d.abs() > 1e-3), "{} feels no cap", def.name);
+                windows += 1;
+            }
+        }
+    }
+    assert!(windows > 20, "{windows}");
 }
 
 #[test]

@@ -104,7 +104,8 @@ fn positions_of_gpt2_end() {
     assert!(error.contains("512 learned positions"), "{error}");
 }
 
-/// `pull_back` against the slope of the block's output between two points, in f64, for every block of every family.
+/// `pull_back` against the slope of the block's output between two points, in f64, for every block of every family. The
+/// bound is that of candle's derivative of the tanh GELU, whose constants have six digits.
 #[test]
 fn blocks_have_the_gradient_of_their_output() {
     for (name, path) in parity::cases() {
@@ -130,7 +131,7 @@ fn blocks_have_the_gradient_of_their_output() {
             let scalar = block.pull_back(var.as_tensor(), mixer, &tables, None, None, &weights).unwrap();
             let gradient = scalar.backward().unwrap().remove(&var).unwrap();
             let along = (gradient * &way).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
-            assert!((along - slope).abs() < 1e-5 * slope.abs().max(1.0), "{name}, block {layer}: {along}, not {slope}");
+            assert!((along - slope).abs() < 1e-4 * slope.abs().max(1.0), "{name}, block {layer}: {along}, not {slope}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Mixtral: Mistral with experts in every layer.
 
-use super::{Architecture, Experts, Family, Layer, Names, llama, windows};
+use super::{Activation, Architecture, Experts, Family, Layer, Names, llama, windows};
 use crate::checkpoint::config::Config;
 use crate::error::Result;
 
@@ -23,14 +23,23 @@ fn read(config: &Config) -> Result<Architecture> {
     Ok(Architecture {
         family: FAMILY.name,
         norm_eps: config.opt_f64("rms_norm_eps")?.unwrap_or(1e-5),
-        experts: Some(experts(config, "num_local_experts", base.intermediate, true)?),
+        experts: Some(experts(config, &base, "num_local_experts", base.intermediate, true)?),
         layer: layers.into_iter().map(|l| Layer { sparse: true, ..l }).collect(),
         ..base
     })
 }
 
 /// `count` is the key of their number.
-pub(super) fn experts(config: &Config, count: &str, intermediate: usize, normalised: bool) -> Result<Experts> {
+pub(super) fn experts(
+    config: &Config,
+    base: &Architecture,
+    count: &str,
+    intermediate: usize,
+    normalised: bool,
+) -> Result<Experts> {
+    if base.activation != Activation::Silu {
+        return Err(llama::refuse(config, "experts are known with `hidden_act` = silu".into()));
+    }
     let (used, count) = (config.usize("num_experts_per_tok")?, config.usize(count)?);
     if used == 0 || used > count {
         return Err(llama::refuse(config, format!("a token cannot go through {used} of {count} experts")));

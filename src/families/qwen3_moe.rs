@@ -30,7 +30,7 @@ fn read(config: &Config) -> Result<Architecture> {
     let bias = config.bool_or("attention_bias", false)?;
     Ok(Architecture {
         family: FAMILY.name,
-        experts: Some(mixtral::experts(config, count, width, config.bool_or("norm_topk_prob", false)?)?),
+        experts: Some(mixtral::experts(config, &base, count, width, config.bool_or("norm_topk_prob", false)?)?),
         layer,
         qkv_bias: bias,
         o_bias: bias,

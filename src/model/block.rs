@@ -74,7 +74,7 @@ impl Block {
             false => None,
         };
         let mlp = match a.experts(layer) {
-            Some(experts) => Mlp::Experts(Experts::load(a, experts, layer, read)?),
+            Some(experts) => Mlp::Experts(Experts::load(experts, layer, read)?),
             None => Mlp::Dense(Dense {
                 layer,
                 activation: a.activation,

@@ -10,7 +10,7 @@
 use candle_core::{D, DType, Result as TensorResult, Tensor};
 
 use crate::error::Result;
-use crate::families::{self, Architecture, Projection, Role};
+use crate::families::{self, Projection, Role};
 use crate::ops::linear::linear;
 use crate::ops::softmax_attn::softmax;
 use crate::ops::swiglu::swiglu;
@@ -27,12 +27,10 @@ pub struct Experts {
 
 impl Experts {
     pub(super) fn load(
-        a: &Architecture,
         shape: families::Experts,
         layer: usize,
         read: &dyn Fn(Role) -> Result<Tensor>,
     ) -> Result<Experts> {
-        debug_assert_eq!(a.activation, families::Activation::Silu);
         let expert = |e: usize| {
             let part = |p| read(Role::Expert(layer, e, p));
             let gate_up = Tensor::cat(&[part(Projection::Gate)?, part(Projection::Up)?], 0)?;
