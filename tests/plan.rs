@@ -540,6 +540,9 @@ fn layers_with_a_window_need_no_converting() {
     let warned =
         all.warnings.iter().any(|w| w.contains("sees 40 keys in layers 0, 2") && w.contains("layers 1, 3 need"));
     assert!(warned, "{:?}", all.warnings);
+    let state = Inspection::of(&described(&family("gemma2"))).unwrap().state;
+    let (kept, linear) = (2 * 2 * 40 * 2 * 12 * 2, 2 * (state.fixed_per_layer + 2 * 64 * 2 * 12 * 2));
+    assert_eq!(state.sizes[3].state, kept + linear, "two layers of either kind");
     // Where every layer sees a window, nobody is told to leave them all.
     assert!(!plan("mistral", "llama/lolcats").warnings.iter().any(|w| w.contains("need converting")));
 }

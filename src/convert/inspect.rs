@@ -85,7 +85,7 @@ pub struct Parameters {
 /// What a sequence's memory costs: linear states in f32, keys and values in two bytes an element.
 #[derive(Debug, Clone, Serialize)]
 pub struct State {
-    /// The mixer of the converted layers; in a model that is not converted, what all of them would be.
+    /// The mixer of the converted layers; in a model that is not converted, what those that see everything would be.
     pub mixer: &'static str,
     /// Whether the model has that mixer.
     pub converted: bool,
@@ -166,7 +166,7 @@ impl Inspection {
         let window = self.sliding_window.map(|w| format!(", softmax sees {w} keys{}", within(&self.sliding_layers)));
         let window = window.unwrap_or_default();
         let rope = |r: &Rope| match r.scaling.as_str() {
-            "off" => format!("off{}", within(&r.layers)),
+            still @ ("off" | LEARNED) => format!("{still}{}", within(&r.layers)),
             scaling => format!("theta {}, {scaling}{}", r.theta, within(&r.layers)),
         };
         let ropes: Vec<String> = self.ropes.iter().map(rope).collect();
@@ -213,7 +213,9 @@ impl Inspection {
 
 impl State {
     fn of(a: &Architecture, linearization: Option<&Linearization>) -> State {
-        let all = (0..a.layers).collect();
+        // Layers that see a window need no converting, unless all of them do.
+        let global: Vec<usize> = (0..a.layers).filter(|l| a.layer(*l).window.is_none()).collect();
+        let all = if global.is_empty() { (0..a.layers).collect() } else { global };
         let (mixer, layers) = match linearization {
             Some(l) => (l.mixer.clone(), l.layers.clone()),
             None => (Mixer::Lolcats(Default::default()), all),
@@ -250,10 +252,13 @@ fn break_even(smaller: impl Fn(usize) -> bool) -> Option<usize> {
     Some(high)
 }
 
+/// What stands for a rotation where positions are learned.
+const LEARNED: &str = "none, positions are learned";
+
 fn ropes(a: &Architecture) -> Vec<Rope> {
     let of = |(n, rope): (usize, &families::Rope)| Rope {
         theta: rope.theta,
-        scaling: rope.scaling.to_string(),
+        scaling: if a.has_positions() { LEARNED.into() } else { rope.scaling.to_string() },
         layers: (0..a.layers).filter(|l| a.layer(*l).rope == n).collect(),
     };
     a.ropes.iter().enumerate().map(of).collect()
