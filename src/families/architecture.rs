@@ -94,7 +94,7 @@ pub enum NormKind {
 /// What norms of queries and keys go over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeadNorm {
-    /// Each head by itself, one weight [D] for all.
+    /// Each head by itself, one weight `[D]` for all.
     Each,
     /// All heads at once.
     Whole,

@@ -11,7 +11,7 @@ pub enum Role {
     /// [V, N]
     Head,
     Norm(usize, Place, Part),
-    /// The norm of queries or of keys: [D] for each head, or the width of all of them.
+    /// The norm of queries or of keys: `[D]` for each head, or the width of all of them.
     HeadNorm(usize, Projection),
     /// A projection's weight `[out, in]` or bias `[out]`; where several share a tensor, the first of them stands for it.
     Weight(usize, Projection),
