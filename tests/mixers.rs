@@ -125,22 +125,20 @@ fn windows_bend_their_scores_as_the_teacher_does() {
             assert!(def.name == "gsa" && why.contains("±1.5"), "{}: {why}", def.name);
             continue;
         }
-        for (dtype, tolerance) in [(DType::F64, 1e-9), (DType::F32, 1e-4)] {
-            let qkv = sequences(&bent, 65, 3).to_dtype(dtype).unwrap();
-            let mixer = build(design.as_ref(), &bent, dtype);
-            let (y, weights) = heads(&bent, &qkv, 0, |h| mixer.parallel(h));
-            close(&format!("{}, fast", def.name), &heads(&bent, &qkv, 0, |h| mixer.forward(h)), &y, tolerance);
-            let pieces = extend(&bent, mixer.as_ref(), &qkv, &[20, 1, 1, 30, 13]).0;
-            close(&format!("{}, in pieces", def.name), &pieces, &y, tolerance);
-            if weights.window.is_some() {
-                let straight = build(design.as_ref(), &plain, dtype);
-                let other = heads(&plain, &qkv, 0, |h| straight.parallel(h)).0;
-                assert!(flat(&(other - &y).unwrap()).iter().any(|d| d.abs() > 1e-3), "{} feels no cap", def.name);
-                windows += 1;
-            }
+        let qkv = sequences(&bent, 65, 3).to_dtype(DType::F32).unwrap();
+        let mixer = build(design.as_ref(), &bent, DType::F32);
+        let (y, weights) = heads(&bent, &qkv, 0, |h| mixer.parallel(h));
+        close(&format!("{}, fast", def.name), &heads(&bent, &qkv, 0, |h| mixer.forward(h)), &y, 1e-4);
+        let pieces = extend(&bent, mixer.as_ref(), &qkv, &[20, 1, 1, 30, 13]).0;
+        close(&format!("{}, in pieces", def.name), &pieces, &y, 1e-4);
+        if weights.window.is_some() {
+            let straight = build(design.as_ref(), &plain, DType::F32);
+            let other = heads(&plain, &qkv, 0, |h| straight.parallel(h)).0;
+            assert!(flat(&(other - &y).unwrap()).iter().any(|d| d.abs() > 1e-3), "{} feels no cap", def.name);
+            windows += 1;
         }
     }
-    assert!(windows > 20, "{windows}");
+    assert!(windows > 10, "{windows} windows");
 }
 
 #[test]
