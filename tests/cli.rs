@@ -169,6 +169,17 @@ fn comparing_recipes() {
 fn recipes() {
     assert_snapshot!("recipe-list", says(&["recipe", "list"]));
     assert_snapshot!("recipe-show", says(&["recipe", "show", "llama/lolcats"]));
+    let dir = TempDir::new().unwrap();
+    let family = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/gemma2.json");
+    let family: Value = serde_json::from_slice(&fs::read(family).unwrap()).unwrap();
+    fs::write(dir.path().join("config.json"), family["config"].to_string()).unwrap();
+    let fitting = json(&["recipe", "list", "--json", "--model", dir.path().to_str().unwrap()]);
+    let names: Vec<&str> = fitting.as_array().unwrap().iter().map(|r| r["name"].as_str().unwrap()).collect();
+    assert_eq!(names[..3], ["gemma2/liger-gla", "gemma2/lizard", "gemma2/lolcats"]);
+    assert!(names.contains(&"llama/kda") && names.contains(&"tiny/lolcats"));
+    for absent in ["llama/lolcats", "llama/gsa", "llama/3.2-1b-lolcats", "qwen2/lolcats"] {
+        assert!(!names.contains(&absent), "{absent} is its own, does not serve it, or is another model's");
+    }
     let listed = json(&["recipe", "list", "--json"]);
     assert!(listed.as_array().unwrap().iter().any(|r| r["name"] == "tiny/lolcats" && r["about"] != ""));
     assert_eq!(json(&["recipe", "schema"])["type"], "object");

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 use margay::convert::load::tensor_name;
-use margay::families::{Architecture, Rope, RopeScaling};
+use margay::families::Architecture;
 use margay::mixers::parts::beside::Beside;
 use margay::mixers::parts::gate::{Gate, GateKind};
 use margay::mixers::parts::maps::FeatureMap;
@@ -59,22 +59,13 @@ fn pick(rows: usize, columns: usize, at: usize) -> Tensor {
 /// their starts, and compares all forms with `wanted`, times `size` where the reference does not normalise queries.
 fn compare(design: &dyn Design, rotate: bool, x: &Tensor, set: &[(&str, Tensor)], wanted: &str, size: Option<&Tensor>) {
     let a = Architecture {
-        family: "llama",
         hidden: x.dim(2).unwrap(),
         layers: 1,
         heads: HEADS,
         kv_heads: HEADS,
         head_dim: DIM,
-        intermediate: 8,
-        vocab: 8,
         norm_eps: 1e-5,
-        rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-        window: None,
-        max_positions: 64,
-        tied: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
+        ..Architecture::default()
     };
     design.check(&a).unwrap();
     let specs = design.specs(&a);

@@ -12,7 +12,7 @@ use loops::{Hybrid, Keys, dot, rotate};
 use margay::convert::load::tensor_name;
 use margay::convert::swap::swap;
 use margay::error::Kind;
-use margay::families::{Architecture, Rope, RopeScaling};
+use margay::families::{Architecture, Layer, Rope, RopeScaling};
 use margay::mixers::lolcats::{Bias, Config, FeatureMap, WindowKind};
 use margay::mixers::{Design, Heads, Mixer, REGISTRY, State};
 use margay::params::Param;
@@ -26,7 +26,6 @@ const THETA: f64 = 100.0;
 /// Two query heads to a key head; with and without a window in the teacher.
 fn architectures() -> [Architecture; 2] {
     let plain = Architecture {
-        family: "llama",
         hidden: 32,
         layers: 3,
         heads: 4,
@@ -35,15 +34,13 @@ fn architectures() -> [Architecture; 2] {
         intermediate: 48,
         vocab: 40,
         norm_eps: 1e-5,
-        rope: Rope { theta: THETA, scaling: RopeScaling::None },
-        window: None,
+        ropes: vec![Rope { theta: THETA, scaling: RopeScaling::None }],
+        rotary: 8,
         max_positions: 512,
         tied: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
+        ..Architecture::default()
     };
-    [plain.clone(), Architecture { window: Some(16), ..plain }]
+    [plain.clone(), Architecture { layer: vec![Layer { window: Some(16), ..Layer::default() }], ..plain }]
 }
 
 /// Every variant of every mixer, on every architecture that changes it.
@@ -51,9 +48,9 @@ fn each(mut visit: impl FnMut(&str, &Architecture, &dyn Design)) {
     for def in REGISTRY {
         for (n, design) in (def.variants)().iter().enumerate() {
             for a in &architectures() {
-                let what = format!("{} variant {n}, teacher window {:?}", def.name, a.window);
+                let what = format!("{} variant {n}, teacher window {:?}", def.name, a.layer(0).window);
                 design.check(a).unwrap_or_else(|problem| panic!("{what}: {problem}"));
-                if a.window.is_none() || build(design.as_ref(), a, DType::F32).is_softmax() {
+                if a.layer(0).window.is_none() || build(design.as_ref(), a, DType::F32).is_softmax() {
                     visit(&what, a, design.as_ref());
                 }
             }
@@ -93,7 +90,7 @@ fn heads<R>(a: &Architecture, qkv: &Tensor, from: usize, f: impl FnOnce(&Heads) 
     };
     let on_device = |f| table(f).and_then(|x: Tensor| x.to_device(qkv.device())).unwrap();
     let (cos, sin) = (on_device(f64::cos), on_device(f64::sin));
-    f(&Heads::new(input(a, qkv), qkv.clone(), a.heads, a.kv_heads, &cos, &sin)).unwrap()
+    f(&Heads::new(input(a, qkv), qkv.clone(), a.heads, a.kv_heads, &cos, &sin).capped(a.softcap)).unwrap()
 }
 
 /// A layer input [B, T, N] that belongs to `qkv`: what depends on it depends on `qkv`, with a gradient.
@@ -117,6 +114,33 @@ fn extend(a: &Architecture, mixer: &dyn Mixer, qkv: &Tensor, sizes: &[usize]) ->
         assert_eq!(state.seen, from);
     }
     (Tensor::cat(&parts, 1).unwrap(), state)
+}
+
+/// Where the teacher bends its scores, windows do too, in every form; a mixer that cannot refuses.
+#[test]
+fn windows_bend_their_scores_as_the_teacher_does() {
+    let [plain, _] = architectures();
+    let bent = Architecture { softcap: Some(1.5), ..plain.clone() };
+    let mut windows = 0;
+    for (def, design) in REGISTRY.iter().flat_map(|def| (def.variants)().into_iter().map(move |d| (def, d))) {
+        if let Err(why) = design.check(&bent) {
+            assert!(def.name == "gsa" && why.contains("±1.5"), "{}: {why}", def.name);
+            continue;
+        }
+        let qkv = sequences(&bent, 65, 3).to_dtype(DType::F32).unwrap();
+        let mixer = build(design.as_ref(), &bent, DType::F32);
+        let (y, weights) = heads(&bent, &qkv, 0, |h| mixer.parallel(h));
+        close(&format!("{}, fast", def.name), &heads(&bent, &qkv, 0, |h| mixer.forward(h)), &y, 1e-4);
+        let pieces = extend(&bent, mixer.as_ref(), &qkv, &[20, 1, 1, 30, 13]).0;
+        close(&format!("{}, in pieces", def.name), &pieces, &y, 1e-4);
+        if weights.window.is_some() {
+            let straight = build(design.as_ref(), &plain, DType::F32);
+            let other = heads(&plain, &qkv, 0, |h| straight.parallel(h)).0;
+            assert!(flat(&(other - &y).unwrap()).iter().any(|d| d.abs() > 1e-3), "{} feels no cap", def.name);
+            windows += 1;
+        }
+    }
+    assert!(windows > 10, "{windows} windows");
 }
 
 #[test]
@@ -457,7 +481,7 @@ fn states_have_their_declared_size() {
         };
         let (early, late) = (largest(100, 150), largest(350, 400));
         let declared = design.state_bytes(a, 400, 4);
-        if mixer.is_softmax() && a.window.is_none() {
+        if mixer.is_softmax() && a.layer(0).window.is_none() {
             // Room for growth: at most twice what is in use.
             assert!((declared..=2 * declared).contains(&late), "{what}: {late} bytes, {declared} declared");
             return;

@@ -70,7 +70,7 @@ impl Golden {
 
     /// Both forms of hybrid attention against a vector.
     fn hybrid(&self, window: Window, affine: bool, check: impl Fn(&str, &Tensor)) {
-        let op = HybridAttn { heads: Self::HEADS, kv_heads: Self::HEADS, window, affine };
+        let op = HybridAttn { heads: Self::HEADS, kv_heads: Self::HEADS, window, affine, softcap: None };
         let features = self.features(Activation::SoftmaxDim, None);
         let factors = Tensor::full(-2.197_224_577_336_219_6, 4, &CPU).unwrap().to_dtype(self.dtype).unwrap();
         let what = format!("{window:?}, affine {affine}, {:?}", self.dtype);
@@ -212,7 +212,7 @@ fn golden_losses() {
         // A, Ah = weights of softmax and of lolcats_sliding; attention_weight_ce(Ah, A)
         let (_, teacher) =
             SoftmaxAttn { heads: 4, kv_heads: 4, window: None, softcap: None }.parallel(&g.qkv()).unwrap();
-        let op = HybridAttn { heads: 4, kv_heads: 4, window: Window::Sliding(8), affine: false };
+        let op = HybridAttn { heads: 4, kv_heads: 4, window: Window::Sliding(8), affine: false, softcap: None };
         let factors = Tensor::full(-2.197_224_577_336_219_6, 4, &CPU).unwrap().to_dtype(dtype).unwrap();
         let (_, student) = op.parallel(&g.qkv(), &g.features(Activation::SoftmaxDim, None), &factors).unwrap();
         let (teacher, student) = (flat(&teacher), flat(&student));
@@ -242,7 +242,7 @@ fn hybrid_attention_equals_its_definition() -> Result<()> {
     for (keys, window) in cases {
         for affine in [false, true] {
             let wanted = Hybrid { heads, kv_heads, dim, keys, affine }.run(&flat(&qkv), &flat(&phi), &flat(&factors));
-            let op = HybridAttn { heads, kv_heads, window, affine };
+            let op = HybridAttn { heads, kv_heads, window, affine, softcap: None };
             for (dtype, tolerance) in PRECISIONS {
                 let [qkv, phi, factors] = [&qkv, &phi, &factors].map(|x| x.to_dtype(dtype).unwrap());
                 let what = format!("{window:?}, affine {affine}, {dtype:?}");

@@ -428,7 +428,7 @@ fn inspection_of_a_converted_model() {
     assert_eq!((p.total, p.mixers), (8_030_261_248 + 16_778_240, 16_778_240));
     assert_eq!(p.total, p.embedding + p.head + 32 * p.block + 4096 + p.mixers);
     assert!(found.mixers.iter().all(|m| *m == "lolcats"));
-    assert_eq!((found.context, found.rope.theta), (131_072, 500_000.0));
+    assert_eq!((found.context, found.ropes[0].theta), (131_072, 500_000.0));
 
     // S and z in f32: 32 · 128 · 129 · 4 B = 2.1 MB per layer; the ring 0.26 MB; the cache 131 KB per token.
     let state = &found.state;
@@ -472,4 +472,96 @@ fn config_types_are_named_when_wrong() {
     let config = parsed(&with(with(tiny(), "torch_dtype", Value::Null), "dtype", json!("float16")));
     let headers = plan::described(config, Source::default()).unwrap();
     assert!(headers.tensors.values().all(|t| t.dtype == Dtype::F16));
+}
+
+/// Published models by what their `config.json` says, and the number of parameters that their pages tell.
+#[test]
+fn sizes_of_published_models() {
+    let model = |architecture: &str, parts: Value| {
+        let mut config = json!({"architectures": [architecture], "model_type": "any"});
+        config.as_object_mut().unwrap().extend(parts.as_object().unwrap().clone());
+        config
+    };
+    let sizes = |hidden, inner, layers, heads, kv, vocab| {
+        json!({"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab})
+    };
+    let and = |mut config: Value, more: Value| {
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let gpt2 = json!({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257});
+    let (qwen, gemma, wide) = (151_936, 256_000, json!({"head_dim": 256}));
+    let tied = json!({"tie_word_embeddings": true});
+    let experts = json!({"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768});
+    let eight = json!({"num_local_experts": 8, "num_experts_per_tok": 2});
+    let cases = [
+        ("Qwen2ForCausalLM", and(sizes(896, 4864, 24, 14, 2, qwen), tied.clone()), 494_032_768),
+        ("SmolLM3ForCausalLM", sizes(2048, 11_008, 36, 16, 4, 128_256), 3_075_098_624),
+        ("Olmo2ForCausalLM", sizes(4096, 11_008, 32, 32, 32, 100_352), 7_298_617_344),
+        ("Gemma2ForCausalLM", and(sizes(2304, 9216, 26, 8, 4, gemma), wide.clone()), 2_614_341_888),
+        ("Gemma3ForCausalLM", and(sizes(1152, 6912, 26, 4, 1, 262_144), wide), 999_885_952),
+        ("Phi3ForCausalLM", sizes(3072, 8192, 32, 32, 32, 32_064), 3_821_079_552),
+        ("MixtralForCausalLM", and(sizes(4096, 14_336, 32, 32, 8, 32_000), eight), 46_702_792_704u64),
+        ("Qwen3MoeForCausalLM", and(sizes(2048, 6144, 48, 32, 4, qwen), experts), 30_532_122_624),
+        ("GPTNeoXForCausalLM", sizes(768, 3072, 12, 12, 12, 50_304), 162_322_944),
+        ("GPT2LMHeadModel", gpt2, 124_439_808),
+    ];
+    for (architecture, parts, count) in cases {
+        let headers = described(&model(architecture, parts));
+        let found = Inspection::of(&headers).unwrap();
+        assert_eq!(found.parameters.total, count, "{architecture}");
+        assert!(found.sections().iter().all(|s| !s.rows.is_empty()), "{architecture}");
+        let plan = planned(&headers, Recipe::default()).unwrap();
+        let rows: usize = plan.sections().iter().map(|s| s.rows.len()).sum();
+        assert!(rows < 60, "{architecture} plans to {rows} rows");
+    }
+}
+
+fn family(name: &str) -> Value {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fixtures/families/{name}.json"));
+    serde_json::from_slice::<Value>(&std::fs::read(file).unwrap()).unwrap()["config"].clone()
+}
+
+#[test]
+fn layers_with_a_window_need_no_converting() {
+    let plan = |model: &str, recipe: &str| {
+        Plan::of(&described(&family(model)), &Recipe::load(recipe, &[]).unwrap(), PlanDevice::Cpu, None).unwrap()
+    };
+    let global = plan("gemma2", "gemma2/lolcats");
+    assert_eq!((&global.layers.converted, &global.layers.kept), (&vec![1, 3], &vec![0, 2]));
+    assert_eq!((global.layers.cache_per_token, global.layers.windowed, global.layers.window), (0, 2, Some(40)));
+    let line = global.hybrid().unwrap();
+    assert!(line.contains("2 of 4 layers, 0 B of cache per token (2 of them see 40 keys and stop there)"), "{line}");
+    assert!(!global.warnings.iter().any(|w| w.contains("need converting")), "{:?}", global.warnings);
+
+    let all = plan("gemma2", "llama/lolcats");
+    assert_eq!(all.layers.converted, [0, 1, 2, 3]);
+    let warned =
+        all.warnings.iter().any(|w| w.contains("sees 40 keys in layers 0, 2") && w.contains("layers 1, 3 need"));
+    assert!(warned, "{:?}", all.warnings);
+    let state = Inspection::of(&described(&family("gemma2"))).unwrap().state;
+    let (kept, linear) = (2 * 2 * 40 * 2 * 12 * 2, 2 * (state.fixed_per_layer + 2 * 64 * 2 * 12 * 2));
+    assert_eq!(state.sizes[3].state, kept + linear, "two layers of either kind");
+    // Where every layer sees a window, nobody is told to leave them all.
+    assert!(!plan("mistral", "llama/lolcats").warnings.iter().any(|w| w.contains("need converting")));
+}
+
+#[test]
+fn what_a_family_cannot_serve_is_refused_with_the_reason() {
+    let refused = |model: &str, recipe: &str| {
+        let loaded = Recipe::load(recipe, &[]).unwrap();
+        let error = Plan::of(&described(&family(model)), &loaded, PlanDevice::Cpu, None).unwrap_err();
+        assert_eq!(error.kind, Kind::Recipe, "{error}");
+        error.message
+    };
+    let slots = refused("gemma2", "llama/gsa");
+    assert!(slots.contains("bends its scores to ±5"), "{slots}");
+    let experts = refused("mixtral", "llama/radlads");
+    assert!(
+        experts.contains("trains `gate_proj` of layer 0, which is made of experts that stay as they are"),
+        "{experts}"
+    );
+    let gate = refused("gpt2", "llama/radlads");
+    assert!(gate.contains("trains `gate_proj` of layer 0, which has none"), "{gate}");
 }

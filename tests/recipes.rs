@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use margay::error::Kind;
+use margay::families::{Architecture, Layer};
 use margay::recipe::{self, By, Format, Layers, Loaded, Mixer, Recipe, Schedule, Stage};
 use serde_json::Value;
 
@@ -33,6 +34,11 @@ fn files(list: &[(&str, &str)]) -> (tempfile::TempDir, impl Fn(&str) -> PathBuf 
     }
     let root = folder.path().to_path_buf();
     (folder, move |name| root.join(name))
+}
+
+/// A model of so many layers.
+fn of(layers: usize) -> Architecture {
+    Architecture { layers, ..Architecture::default() }
 }
 
 fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
@@ -381,7 +387,7 @@ fn set_changes_any_key_last() {
     let recipe = load("llama/3.2-1b-lolcats", &sets).recipe;
     let (transfer, recover) = (&recipe.stage["transfer"], &recipe.stage["recover"]);
     assert_eq!((transfer.tokens, recover.tokens, recipe.seed), (20_000, 30_000, 7));
-    assert_eq!(recipe.converted(5).unwrap(), [1, 2, 4]);
+    assert_eq!(recipe.converted(&of(5)).unwrap(), [1, 2, 4]);
     assert_eq!(recover.schedule, Schedule::Cosine { warmup: 0.0, floor: 0.1 });
     assert_eq!(recipe.base.revision.as_deref(), Some("4e20"));
     assert_eq!((recipe.about.as_str(), &recipe.data.sources), ("with = and spaces", &vec!["a.txt".to_string()]));
@@ -390,26 +396,31 @@ fn set_changes_any_key_last() {
     assert_eq!(config.window, 16);
 
     assert_eq!(load("llama/lolcats", &["layers=[1]"]).recipe.layers, Layers::Only(vec![1]));
-    assert_eq!(load("llama/lolcats", &["layers=all"]).recipe.converted(2).unwrap(), [0, 1]);
-    assert!(load("llama/lolcats", &["layers=[9]"]).recipe.converted(2).is_err());
+    assert_eq!(load("llama/lolcats", &["layers=all"]).recipe.converted(&of(2)).unwrap(), [0, 1]);
+    assert!(load("llama/lolcats", &["layers=[9]"]).recipe.converted(&of(2)).is_err());
 }
 
 #[test]
 fn layers_that_stay_are_given_by_one_rule() {
     let layers = |sets: &[&str]| load("llama/lolcats", sets).recipe.layers;
-    assert_eq!(layers(&["layers={every=4}"]).converted(9).unwrap(), [0, 1, 2, 4, 5, 6, 8]);
-    assert_eq!(layers(&["layers={every=1}"]).converted(2).unwrap(), [] as [usize; 0]);
+    assert_eq!(layers(&["layers={every=4}"]).converted(&of(9)).unwrap(), [0, 1, 2, 4, 5, 6, 8]);
+    assert_eq!(layers(&["layers={every=1}"]).converted(&of(2)).unwrap(), [] as [usize; 0]);
     assert_eq!(
-        layers(&["layers={keep=[0]}", "layers={every=2}"]).converted(3).unwrap(),
+        layers(&["layers={keep=[0]}", "layers={every=2}"]).converted(&of(3)).unwrap(),
         [0, 2],
         "replaced, not merged"
     );
 
+    let window = |window| Layer { window, ..Layer::default() };
+    let alternating = Architecture { layer: vec![window(Some(8)), window(None), window(Some(8))], ..of(3) };
+    assert_eq!(layers(&["layers=global"]).converted(&alternating).unwrap(), [1]);
+    assert_eq!(layers(&["layers=global"]).converted(&of(2)).unwrap(), [0, 1]);
+
     let chosen = layers(&["layers={keep_best={count=2}}", "layers.keep_best.by=gates", "layers.keep_best.tokens=1e5"]);
     let best = chosen.best().unwrap();
     assert_eq!((best.count, best.by, best.tokens()), (Some(2), By::Gates, 100_000));
-    assert_eq!(chosen.converted(3).unwrap(), [0, 1, 2], "all of them until they are chosen");
-    assert!(chosen.converted(2).unwrap_err().contains("keeps 2 layers"));
+    assert_eq!(chosen.converted(&of(3)).unwrap(), [0, 1, 2], "all of them until they are chosen");
+    assert!(chosen.converted(&of(2)).unwrap_err().contains("keeps 2 layers"));
     let text = load("llama/lolcats", &["layers={keep_best={fraction=0.25}}"]).text;
     assert!(text.contains("layers = { keep_best = { by = \"restore-one-kl\", fraction = 0.25 } }"), "{text}");
 

@@ -354,7 +354,7 @@ fn whole_graph(s: &Setup, loss: &recipe::Loss, noise: Option<u64>) -> Result<Ten
         for (layer, mixer) in net.mixers.iter().enumerate() {
             x = decoder.block(layer).forward(&x, mixer.as_ref(), &tables, net.adapters.as_ref(), noise)?;
         }
-        let z = decoder.final_norm(&x)?.flatten(0, 1)?.matmul(&decoder.head.t()?)?;
+        let z = decoder.final_norm(&x)?.flatten(0, 1)?.matmul(&decoder.head().weight.t()?)?;
         Ok(z.broadcast_sub(&z.exp()?.sum_keepdim(1)?.log()?)?) // log probabilities [B T, V]
     };
     let (p, t) = (run(student, noise)?, run(teacher, None)?);

@@ -113,10 +113,10 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
 /// Rotary tables of the bench's positions.
 fn tables(b: &Bench) -> Result<(Tensor, Tensor)> {
     let a = &b.architecture;
-    let frequencies = a.rope.inverse_frequencies(a.head_dim, b.seq_len);
+    let frequencies = a.ropes[0].inverse_frequencies(a.rotary, b.seq_len);
     let table = |f: fn(f64) -> f64| {
         let cells = (0..b.seq_len).flat_map(|p| frequencies.iter().map(move |w| f(p as f64 * w) as f32));
-        Tensor::from_vec(cells.collect::<Vec<_>>(), (b.seq_len, a.head_dim / 2), &b.device)
+        Tensor::from_vec(cells.collect::<Vec<_>>(), (b.seq_len, a.rotary / 2), &b.device)
     };
     Ok((table(f64::cos)?, table(f64::sin)?))
 }

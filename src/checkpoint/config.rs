@@ -57,11 +57,7 @@ impl Config {
 
     /// `architectures`; empty when absent.
     pub fn architectures(&self) -> Result<Vec<&str>> {
-        let names = |v: &'_ Value| v.as_array().is_some_and(|list| list.iter().all(Value::is_string));
-        match self.get("architectures") {
-            Some(v) if !names(v) => Err(self.wrong("architectures", v, "a list of strings")),
-            v => Ok(v.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect()),
-        }
+        Ok(self.strings("architectures")?.unwrap_or_default())
     }
 
     pub fn usize(&self, key: &str) -> Result<usize> {
@@ -90,6 +86,25 @@ impl Config {
 
     pub fn opt_str(&self, key: &str) -> Result<Option<&str>> {
         self.typed(key, "a string", Value::as_str)
+    }
+
+    /// A list of numbers.
+    pub fn f64s(&self, key: &str) -> Result<Vec<f64>> {
+        self.wanted(key, self.list(key, "a list of numbers", Value::as_f64)?)
+    }
+
+    /// A list of whole numbers, where it is there.
+    pub fn usizes(&self, key: &str) -> Result<Option<Vec<usize>>> {
+        self.list(key, "a list of whole numbers", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+    }
+
+    /// A list of strings, where it is there.
+    pub fn strings(&self, key: &str) -> Result<Option<Vec<&str>>> {
+        self.list(key, "a list of strings", Value::as_str)
+    }
+
+    fn list<'a, T>(&'a self, key: &str, wanted: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<Vec<T>>> {
+        self.typed(key, wanted, |v| v.as_array().and_then(|list| list.iter().map(&read).collect()))
     }
 
     /// One token id or a list of them, as `eos_token_id` has both; empty when absent.

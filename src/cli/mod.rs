@@ -162,7 +162,7 @@ impl RecipeArgs {
     /// The recipe for `model`; where none is named, an error that lists those that fit.
     fn load(&self, model: &str) -> Result<margay::recipe::Loaded> {
         let Some(name) = &self.recipe else {
-            let fitting = recipe::fitting(model)?;
+            let fitting: Vec<String> = recipe::fitting(model)?.into_iter().map(|r| r.name).collect();
             let error = Error::new(Kind::Usage, format!("`--recipe` is missing for `{model}`"));
             return Err(error.hint(format!("shipped recipes that fit: {}", fitting.join(", "))));
         };

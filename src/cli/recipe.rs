@@ -5,8 +5,10 @@ use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 
 use clap::Subcommand;
+use margay::convert::load::Description;
 use margay::convert::plan::{Plan, PlanDevice, Section, open};
 use margay::error::{Error, Kind, Result};
+use margay::families::REGISTRY;
 use margay::progress::Progress;
 use margay::recipe::{self, Recipe};
 use serde_json::json;
@@ -18,6 +20,9 @@ use super::quoted;
 pub enum Command {
     /// List the shipped recipes
     List {
+        /// Only those that can convert this model: a hub id or a folder
+        #[arg(long)]
+        model: Option<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -53,13 +58,14 @@ pub enum Command {
 impl Command {
     pub fn run(&self, out: &Output) -> Result<()> {
         match self {
-            Command::List { json: false } => {
-                let rows = recipe::list().into_iter().map(|r| vec![r.name, r.about]).collect();
+            Command::List { model, json } => {
+                let list = model.as_ref().map_or_else(|| Ok(recipe::list()), |model| fitting(model))?;
+                if *json {
+                    let entry = |r: recipe::Shipped| json!({ "name": r.name, "about": r.about });
+                    return out.json(&list.into_iter().map(entry).collect());
+                }
+                let rows = list.into_iter().map(|r| vec![r.name, r.about]).collect();
                 out.tables(&[Section { title: "", columns: Vec::new(), rows }])
-            }
-            Command::List { json: true } => {
-                let entry = |r: recipe::Shipped| json!({ "name": r.name, "about": r.about });
-                out.json(&recipe::list().into_iter().map(entry).collect())
             }
             Command::Show { name, set } => out.data(&Recipe::load(name, set)?.text),
             Command::Copy { name, file } => {
@@ -89,14 +95,26 @@ impl Command {
     }
 }
 
-/// Names of the shipped recipes that can convert `model`: not those written for another one.
-pub fn fitting(model: &str) -> Result<Vec<String>> {
+/// The shipped recipes that can convert `model`: those of its family, then those of Llama that its own do not stand for
+/// and those of no family; none that was written for another model.
+pub fn fitting(model: &str) -> Result<Vec<recipe::Shipped>> {
     let headers = open(model)?;
-    let fits = |name: &str| {
-        let Ok(loaded) = Recipe::load(name, &[]) else { return false };
+    let family = Description::of(&headers)?.family.name.trim_end_matches("_text");
+    let others: Vec<&str> = REGISTRY.iter().map(|f| f.name.trim_end_matches("_text")).collect();
+    let folder = |r: &recipe::Shipped| r.name.split('/').next().unwrap_or_default().to_string();
+    let fits = |r: &recipe::Shipped| {
+        let Ok(loaded) = Recipe::load(&r.name, &[]) else { return false };
         let base = &loaded.recipe.base.repo;
         let same = base.is_none() || *base == headers.source.repo;
         same && Plan::of(&headers, &loaded, PlanDevice::Cpu, None).is_ok()
     };
-    Ok(recipe::list().into_iter().map(|r| r.name).filter(|name| fits(name)).collect())
+    let (mut own, rest): (Vec<_>, Vec<_>) = recipe::list().into_iter().partition(|r| folder(r) == family);
+    own.retain(fits);
+    let stands = |r: &recipe::Shipped| own.iter().any(|o| o.name.split('/').nth(1) == r.name.split('/').nth(1));
+    let usable = |r: &recipe::Shipped| match folder(r) {
+        llama if llama == "llama" => !stands(r) && fits(r),
+        other => !others.contains(&other.as_str()) && fits(r),
+    };
+    let more: Vec<_> = rest.into_iter().filter(usable).collect();
+    Ok(own.into_iter().chain(more).collect())
 }

@@ -57,7 +57,8 @@ impl Verify {
         let converted = model.description.linearization.as_ref().map_or(&[][..], |l| &l.layers);
         let changed =
             trained::merged(recipe, |name| manifest.stages.contains_key(name), architecture.layers, converted);
-        let merged: Vec<String> = changed.keys().map(|(l, p)| architecture.name(Role::Weight(*l, *p))).collect();
+        let mut merged: Vec<String> = changed.keys().map(|(l, p)| architecture.name(Role::Weight(*l, *p))).collect();
+        merged.dedup();
         let against = Against {
             student: None,
             teacher: weights.as_ref().map(|(decoder, net): &(_, Net)| Subject { decoder, net }),

@@ -8,9 +8,9 @@ use super::load::{Description, Linearization};
 use super::plan::{Section, bytes, count, dtypes, heads, ranges};
 use crate::checkpoint::Headers;
 use crate::error::Result;
-use crate::families::{Architecture, Claim, RopeScaling};
+use crate::families::{self, Architecture, Claim};
 use crate::mixers::Design;
-use crate::mixers::softmax::Softmax;
+use crate::mixers::softmax::{Softmax, cache_bytes};
 use crate::recipe::Mixer;
 
 /// Contexts at which the state is sized.
@@ -34,9 +34,13 @@ pub struct Inspection {
     pub vocab: usize,
     /// Positions the model was made for.
     pub context: usize,
-    /// Keys each row of its softmax sees, where that is limited.
+    /// Keys each row of its softmax sees, where that is limited, and the layers where it is.
     pub sliding_window: Option<usize>,
-    pub rope: Rope,
+    pub sliding_layers: Vec<usize>,
+    /// The rotations, of layers that see everything first.
+    pub ropes: Vec<Rope>,
+    /// The experts of sparse layers.
+    pub experts: Option<Experts>,
     /// The attention of every layer.
     pub mixers: Vec<&'static str>,
     pub parameters: Parameters,
@@ -55,15 +59,24 @@ pub struct Rope {
     pub theta: f64,
     /// In words.
     pub scaling: String,
+    pub layers: Vec<usize>,
 }
 
-/// Numbers of weights; a tied head counts as embedding.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Experts {
+    pub count: usize,
+    /// Per token.
+    pub used: usize,
+    pub intermediate: usize,
+}
+
+/// Numbers of weights; a tied head counts as embedding, and so do learned positions.
 #[derive(Debug, Clone, Serialize)]
 pub struct Parameters {
     pub total: u64,
     pub embedding: u64,
     pub head: u64,
-    /// One block without what a mixer adds.
+    /// One block without what a mixer adds; the mean one where they differ.
     pub block: u64,
     /// All that the mixers add.
     pub mixers: u64,
@@ -72,7 +85,7 @@ pub struct Parameters {
 /// What a sequence's memory costs: linear states in f32, keys and values in two bytes an element.
 #[derive(Debug, Clone, Serialize)]
 pub struct State {
-    /// The mixer of the converted layers; in a model that is not converted, what all of them would be.
+    /// The mixer of the converted layers; in a model that is not converted, what those that see everything would be.
     pub mixer: &'static str,
     /// Whether the model has that mixer.
     pub converted: bool,
@@ -101,7 +114,8 @@ impl Inspection {
             let names = claims.iter().filter(|(_, claim)| wanted(claim)).map(|(name, _)| name);
             names.filter_map(|name| headers.tensors.get(name)).map(|info| info.elements()).sum()
         };
-        let embedding = (a.vocab * a.hidden) as u64;
+        let head = (a.vocab * a.hidden) as u64;
+        let positions = if a.has_positions() { a.max_positions * a.hidden } else { 0 };
         let converted = |layer: usize| linearization.as_ref().filter(|l| l.layers.contains(&layer));
         let mixer = |layer: usize| converted(layer).map_or(Softmax.name(), |l| l.mixer.design().name());
         Ok(Inspection {
@@ -115,13 +129,15 @@ impl Inspection {
             intermediate: a.intermediate,
             vocab: a.vocab,
             context: a.max_positions,
-            sliding_window: a.window,
-            rope: Rope { theta: a.rope.theta, scaling: scaling(&a.rope.scaling) },
+            sliding_window: (0..a.layers).find_map(|l| a.layer(l).window),
+            sliding_layers: (0..a.layers).filter(|l| a.layer(*l).window.is_some()).collect(),
+            ropes: ropes(&a),
+            experts: a.experts.map(|e| Experts { count: e.count, used: e.used, intermediate: e.intermediate }),
             mixers: (0..a.layers).map(mixer).collect(),
             parameters: Parameters {
                 total: sum(|c| matches!(c, Claim::Reads(_) | Claim::Mixer)),
-                embedding,
-                head: if a.tied { 0 } else { embedding },
+                embedding: head + positions as u64,
+                head: if a.tied { 0 } else { head },
                 block: a.block_parameters() as u64,
                 mixers: sum(|c| *c == Claim::Mixer),
             },
@@ -142,7 +158,19 @@ impl Inspection {
         names.sort_unstable();
         names.dedup();
         let mixers: Vec<String> = names.iter().map(|name| format!("{name} in {}", ranges(&of(name)))).collect();
-        let window = self.sliding_window.map(|w| format!(", softmax sees {w} keys")).unwrap_or_default();
+        let layers = self.mixers.len();
+        let within = |list: &[usize]| match list.len() == layers {
+            true => String::new(),
+            false => format!(" in {}", ranges(list)),
+        };
+        let window = self.sliding_window.map(|w| format!(", softmax sees {w} keys{}", within(&self.sliding_layers)));
+        let window = window.unwrap_or_default();
+        let rope = |r: &Rope| match r.scaling.as_str() {
+            still @ ("off" | LEARNED) => format!("{still}{}", within(&r.layers)),
+            scaling => format!("theta {}, {scaling}{}", r.theta, within(&r.layers)),
+        };
+        let ropes: Vec<String> = self.ropes.iter().map(rope).collect();
+        let experts = self.experts.map(|e| format!(", {} of {} experts of {}", e.used, e.count, e.intermediate));
         let weights = if self.weights { "" } else { ", as config.json says" };
         let model = Section::list(
             "Model",
@@ -152,9 +180,12 @@ impl Inspection {
                 ("family", self.family.into()),
                 ("layers", format!("{}: {}", self.mixers.len(), mixers.join("; "))),
                 ("heads", format!("{} of {}, {} key heads", self.heads, self.head_dim, self.kv_heads)),
-                ("widths", format!("hidden {}, MLP {}, vocabulary {}", self.hidden, self.intermediate, self.vocab)),
+                ("widths", {
+                    let experts = experts.unwrap_or_default();
+                    format!("hidden {}, MLP {}{experts}, vocabulary {}", self.hidden, self.intermediate, self.vocab)
+                }),
                 ("context", format!("{}{window}", self.context)),
-                ("rope", format!("theta {}, {}", self.rope.theta, self.rope.scaling)),
+                ("rope", ropes.join("; ")),
                 ("parameters", format!("{}{weights}", count(p.total))),
                 (
                     "",
@@ -182,17 +213,19 @@ impl Inspection {
 
 impl State {
     fn of(a: &Architecture, linearization: Option<&Linearization>) -> State {
-        let all = (0..a.layers).collect();
+        // Layers that see a window need no converting, unless all of them do.
+        let global: Vec<usize> = (0..a.layers).filter(|l| a.layer(*l).window.is_none()).collect();
+        let all = if global.is_empty() { (0..a.layers).collect() } else { global };
         let (mixer, layers) = match linearization {
             Some(l) => (l.mixer.clone(), l.layers.clone()),
             None => (Mixer::Lolcats(Default::default()), all),
         };
         let design = mixer.design();
-        let kept = a.layers - layers.len().min(a.layers);
+        let kept: Vec<usize> = (0..a.layers).filter(|l| !layers.contains(l)).collect();
         let size = |context| {
-            let softmax = Softmax.state_bytes(a, context, ELEMENT);
             let linear = design.state_bytes(a, context, ELEMENT);
-            Size { context, state: layers.len() * linear + kept * softmax, cache: a.layers * softmax }
+            let kept = cache_bytes(a, kept.iter().copied(), context, ELEMENT);
+            Size { context, state: layers.len() * linear + kept, cache: cache_bytes(a, 0..a.layers, context, ELEMENT) }
         };
         State {
             mixer: design.name(),
@@ -219,13 +252,14 @@ fn break_even(smaller: impl Fn(usize) -> bool) -> Option<usize> {
     Some(high)
 }
 
-fn scaling(scaling: &RopeScaling) -> String {
-    match scaling {
-        RopeScaling::None => "not scaled".into(),
-        RopeScaling::Linear { factor } => format!("linear x {factor}"),
-        RopeScaling::Dynamic { factor, original } => format!("dynamic x {factor} beyond {original}"),
-        RopeScaling::Llama3 { factor, low, high, original } => {
-            format!("llama3 x {factor} beyond {original}, ramp {low} to {high}")
-        }
-    }
+/// What stands for a rotation where positions are learned.
+const LEARNED: &str = "none, positions are learned";
+
+fn ropes(a: &Architecture) -> Vec<Rope> {
+    let of = |(n, rope): (usize, &families::Rope)| Rope {
+        theta: rope.theta,
+        scaling: if a.has_positions() { LEARNED.into() } else { rope.scaling.to_string() },
+        layers: (0..a.layers).filter(|l| a.layer(*l).rope == n).collect(),
+    };
+    a.ropes.iter().enumerate().map(of).collect()
 }

@@ -76,10 +76,11 @@ impl Description {
     /// Claims every tensor; one that is missing, misshapen or unknown is an error.
     pub fn of(headers: &Headers) -> Result<Self> {
         let linearization = Linearization::of(&headers.config)?;
-        let (family, architecture) = match &linearization {
+        let (family, mut architecture) = match &linearization {
             Some(l) => families::named(&headers.config, &l.base_architectures)?,
             None => families::of(&headers.config)?,
         };
+        architecture.names = family.names(headers);
         let added = linearization.as_ref().map(|l| l.tensors(&architecture)).unwrap_or_default();
         if let Some(layer) = linearization.iter().flat_map(|l| &l.layers).find(|layer| **layer >= architecture.layers) {
             let message = format!("{}: `linearization.layers` names layer {layer}", headers.config.file());

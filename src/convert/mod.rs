@@ -223,7 +223,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
         }
     }
     let changed = student.adapters.iter().flat_map(|a| a.targets());
-    let merged_names: Vec<String> = changed.map(|(l, p)| model.architecture().name(Role::Weight(l, p))).collect();
+    let mut merged_names: Vec<String> = changed.map(|(l, p)| model.architecture().name(Role::Weight(l, p))).collect();
+    merged_names.dedup(); // of projections that share a tensor
 
     let adapter = student.adapters.as_ref().map(|a| Adapter::of(a, &decoder)).transpose()?;
     // The teacher shares the weights that merging changes: from here on it is read again where it is needed.

@@ -16,11 +16,11 @@ pub use cost::{Memory, PlanDevice, Stage, micro_batch, stages, steps};
 pub use table::{Section, bytes, count, heads, ranges};
 
 use super::load::{Description, Linearization, tensor_name};
-use super::trained;
+use super::trained::{self, Reach};
 use crate::checkpoint::{Config, Headers, Place, Source, TensorInfo, byte_size};
 use crate::error::{Error, Kind, Result};
-use crate::families::{self, Architecture, Claim, Projection, Role};
-use crate::mixers::Design;
+use crate::families::{self, Architecture, Claim, Names, Projection, Role};
+use crate::mixers::{Design, softmax};
 use crate::recipe::{self, Loaded};
 
 /// A conversion before it happens.
@@ -80,8 +80,17 @@ pub struct Layers {
     /// How many layers a selection will keep, once the layer-wise stages are over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chosen: Option<usize>,
-    /// Bytes that keys and values of the kept layers add with every token.
+    /// Bytes that keys and values of the kept layers add with every token: of those that see everything.
     pub cache_per_token: usize,
+    /// How many kept layers see a window of keys, and how wide it is: their cache does not grow beyond it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub windowed: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// What becomes of a tensor.
@@ -152,12 +161,21 @@ impl Plan {
         let refuse = |text: String| {
             Error::new(Kind::Recipe, format!("recipe `{}` does not fit `{}`: {text}", loaded.origin, headers.source.id))
         };
-        let converted = recipe.converted(a.layers).map_err(refuse)?;
+        let converted = recipe.converted(a).map_err(refuse)?;
         let design = recipe.mixer.design();
         design.check(a).map_err(refuse)?;
         for (name, stage) in recipe.in_order() {
             if let Some((key, text)) = stage.problems().into_iter().next() {
                 return Err(refuse(format!("`stage.{name}.{key}` {text}")));
+            }
+            let Reach { lora, full } = Reach::of(stage, a.layers, &converted);
+            let missing = |(l, p): &&(usize, Projection)| !a.projections(*l).any(|there| there == *p);
+            if let Some((layer, p)) = lora.iter().chain(&full).find(missing) {
+                let what = match a.experts(*layer) {
+                    Some(_) => "which is made of experts that stay as they are",
+                    None => "which has none",
+                };
+                return Err(refuse(format!("`stage.{name}` trains `{}` of layer {layer}, {what}", p.name())));
             }
             if stage.loss.attention_ce > 0.0 && !design.convex() {
                 let mixer = design.name();
@@ -186,7 +204,7 @@ impl Plan {
         let mut tensors = Vec::with_capacity(headers.tensors.len());
         for (name, info) in &headers.tensors {
             let claim = description.claims.get(name).copied();
-            tensors.push(source_tensor(headers, name, info, claim, &merged)?);
+            tensors.push(source_tensor(headers, name, info, claim, &merged, a.names)?);
         }
         tensors.extend(converted.iter().flat_map(|layer| new_tensors(a, design, *layer)));
 
@@ -198,7 +216,10 @@ impl Plan {
         }
         let export = tensors.iter().filter(|t| t.fate != Fate::Dropped).map(|t| t.bytes).sum();
         let run = stages.iter().map(|s| s.trainable * 4 * 4 * 2).sum();
-        let cache = 2 * a.kv_heads * a.head_dim;
+        let element = device.element() as usize;
+        let kept: Vec<usize> = (0..a.layers).filter(|l| !converted.contains(l)).collect();
+        let growing = kept.iter().filter(|l| a.layer(**l).window.is_none()).count();
+        let windows = kept.iter().filter_map(|l| a.layer(*l).window).collect::<Vec<_>>();
         let download = if headers.source.repo.is_some() { headers.files.iter().map(|f| f.bytes).sum() } else { 0 };
         Ok(Plan {
             model: Model {
@@ -213,10 +234,12 @@ impl Plan {
             },
             recipe: Recipe { name: loaded.origin.clone(), about: recipe.about.clone(), mixer: recipe.mixer.clone() },
             device,
-            warnings: warnings(headers, &loaded.recipe, &converted, &stages),
+            warnings: warnings(headers, a, &loaded.recipe, &converted, &stages),
             layers: Layers {
-                cache_per_token: device.element() as usize * chosen.unwrap_or(a.layers - converted.len()) * cache,
-                kept: (0..a.layers).filter(|l| !converted.contains(l)).collect(),
+                cache_per_token: 2 * a.kv_heads * a.head_dim * element * chosen.unwrap_or(growing),
+                windowed: windows.len(),
+                window: windows.into_iter().max(),
+                kept,
                 converted,
                 chosen,
             },
@@ -232,7 +255,7 @@ impl Plan {
     /// `softmax stays in 2 of 16 layers, 8.19 kB of cache per token`, and when they are chosen; `None` where no layer
     /// stays softmax or none changes.
     pub fn hybrid(&self) -> Option<String> {
-        let Layers { kept, converted, chosen, cache_per_token } = &self.layers;
+        let Layers { kept, converted, chosen, cache_per_token, windowed, window } = &self.layers;
         let count = chosen.unwrap_or(kept.len());
         if count == 0 || converted.is_empty() {
             return None;
@@ -243,7 +266,14 @@ impl Plan {
             (Some(_), Some(stage)) => format!(", chosen after `{}`", stage.name),
             (Some(_), None) => ", chosen before training".into(),
         };
-        Some(format!("softmax stays in {count} of {} layers, {cache} of cache per token{when}", self.model.layers))
+        let local = match window {
+            Some(window) => format!(" ({windowed} of them see {window} keys and stop there)"),
+            None => String::new(),
+        };
+        Some(format!(
+            "softmax stays in {count} of {} layers, {cache} of cache per token{local}{when}",
+            self.model.layers
+        ))
     }
 
     /// Bytes of one sequence's state after `context` tokens, all layers.
@@ -251,7 +281,9 @@ impl Plan {
         let Layers { kept, chosen, cache_per_token, .. } = &self.layers;
         let converted = a.layers - chosen.unwrap_or(kept.len());
         let linear = self.recipe.mixer.design().state_bytes(a, context, self.device.element() as usize);
-        converted * linear + cache_per_token * context
+        let element = self.device.element() as usize;
+        let local = kept.iter().copied().filter(|l| a.layer(*l).window.is_some());
+        converted * linear + cache_per_token * context + softmax::cache_bytes(a, local, context, element)
     }
 
     /// A training stage by its name in the recipe, where it runs.
@@ -316,9 +348,11 @@ fn source_tensor(
     info: &TensorInfo,
     claim: Option<Claim>,
     merged: &BTreeMap<(usize, Projection), String>,
+    names: &Names,
 ) -> Result<Tensor> {
     let changed = |claim: Option<Claim>| match claim {
-        Some(Claim::Reads(Role::Weight(layer, p))) => merged.get(&(layer, p)).cloned(),
+        // Projections that share a tensor mostly change for the same reason; the first that changes says it.
+        Some(Claim::Reads(Role::Weight(layer, p))) => names.beside(p).find_map(|p| merged.get(&(layer, p)).cloned()),
         _ => None,
     };
     let (fate, note) = match claim {
@@ -366,7 +400,13 @@ pub(super) fn dtypes(headers: &Headers) -> Vec<Dtype> {
     counts.into_iter().map(|(_, dtype)| dtype).collect()
 }
 
-fn warnings(headers: &Headers, recipe: &recipe::Recipe, converted: &[usize], stages: &[Stage]) -> Vec<String> {
+fn warnings(
+    headers: &Headers,
+    a: &Architecture,
+    recipe: &recipe::Recipe,
+    converted: &[usize],
+    stages: &[Stage],
+) -> Vec<String> {
     let source = &headers.source;
     let mut list = Vec::new();
     if headers.files.is_empty() {
@@ -389,6 +429,17 @@ fn warnings(headers: &Headers, recipe: &recipe::Recipe, converted: &[usize], sta
     }
     if converted.is_empty() {
         list.push("no layer is converted".into());
+    }
+    let (local, global): (Vec<usize>, Vec<usize>) = (0..a.layers).partition(|l| a.layer(*l).window.is_some());
+    let window = local.first().and_then(|l| a.layer(*l).window);
+    let needless: Vec<usize> = local.into_iter().filter(|l| converted.contains(l)).collect();
+    if let (Some(window), false, false) = (window, global.is_empty(), needless.is_empty()) {
+        list.push(format!(
+            "the teacher sees {window} keys in layers {}, whose cache does not grow beyond them: only layers {} need \
+             converting (`layers = \"global\"`)",
+            ranges(&needless),
+            ranges(&global)
+        ));
     }
     for stage in stages {
         let Stage { name, seq_len, tokens_per_step, tokens, .. } = stage;

@@ -111,7 +111,7 @@ impl Task for Recover<'_> {
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
         let tokens = batch.targets.flatten_all()?;
         let target = self.target(&tokens, mask.as_ref(), teacher.as_ref());
-        let loss = head_loss(&hidden, &decoder.head, &target)?;
+        let loss = head_loss(&hidden, decoder.head(), &target)?;
         let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
         let mut gradient = loss.backward()?.remove(&last);
 
@@ -150,7 +150,7 @@ impl Task for Recover<'_> {
             let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
             let tokens = batch.targets.flatten_all()?;
             let teacher = self.teacher_hidden(&batch.inputs)?;
-            sums += measure(&hidden, &self.decoder.head, &self.target(&tokens, mask.as_ref(), teacher.as_ref()))?;
+            sums += measure(&hidden, self.decoder.head(), &self.target(&tokens, mask.as_ref(), teacher.as_ref()))?;
         }
         let recipe::Loss { next_token, logit_kl, .. } = self.stage.loss;
         Ok(vec![(next_token * sums.nll + logit_kl * sums.kl) / sums.rows.max(1.0)])

@@ -14,6 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::evaluate::diagnose::{self, Branch, Diagnostics, LINEAR_SHARE, diagnose};
 use crate::evaluate::{Quality, Subject, quality};
 use crate::families::Claim;
+use crate::mixers::softmax::cache_bytes;
 use crate::model::Steps;
 use crate::progress::{Progress, Silent};
 
@@ -161,8 +162,12 @@ pub fn verify(
         report.stages.push(Stage { name: "exported".into(), quality: found });
     }
     branches(&mut report, subject, &ids[..ids.len().min(512)], device)?;
-    for context in against.contexts {
-        report.speeds.push(speed(&model, subject, *context, &ids, device)?);
+    let a = model.architecture();
+    let longest = if a.has_positions() { a.max_positions.saturating_sub(STEPS + 2) } else { usize::MAX };
+    let mut contexts: Vec<usize> = against.contexts.iter().map(|context| (*context).min(longest)).collect();
+    contexts.dedup(); // of those that are longer than the model's positions
+    for context in contexts {
+        report.speeds.push(speed(&model, subject, context, &ids, device)?);
     }
     Ok(report)
 }
@@ -286,6 +291,9 @@ fn recurrence(report: &mut Report, model: Subject, ids: &[u32], device: &Device)
     Ok(())
 }
 
+/// Tokens that are timed.
+const STEPS: usize = 16;
+
 /// Decodes after a prefill of `context` tokens.
 fn speed(model: &Model, subject: Subject, context: usize, ids: &[u32], device: &Device) -> Result<Speed> {
     let ids: Vec<u32> = ids.iter().copied().cycle().take(context).collect();
@@ -294,7 +302,7 @@ fn speed(model: &Model, subject: Subject, context: usize, ids: &[u32], device: &
         let part = Tensor::new(part, device)?.unsqueeze(0)?;
         subject.decoder.extend(&part, subject.net, &mut states)?;
     }
-    let n = 16;
+    let n = STEPS;
     let mut steps = Steps::new(subject.decoder, subject.net, states, 1, n + 2);
     let state_bytes = steps.state_bytes();
     let mut run = |n: usize| -> Result<f64> {
@@ -308,13 +316,12 @@ fn speed(model: &Model, subject: Subject, context: usize, ids: &[u32], device: &
     run(2)?;
     let seconds = run(n)?;
     let a = model.architecture();
-    let teacher: Box<dyn crate::mixers::Design> = Box::new(crate::mixers::softmax::Softmax);
     let element = subject.decoder.dtype.size_in_bytes();
     Ok(Speed {
         context,
         tokens_per_second: n as f64 / seconds.max(1e-9),
         state_bytes,
-        teacher_cache_bytes: a.layers * teacher.state_bytes(a, context, element),
+        teacher_cache_bytes: cache_bytes(a, 0..a.layers, context, element),
     })
 }
 

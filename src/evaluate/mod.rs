@@ -119,11 +119,11 @@ fn measure_spans(
                 kl: Kl::default(),
             };
             *sums += match &taught {
-                None => measure(&hidden, &model.decoder.head, &target)?,
+                None => measure(&hidden, model.decoder.head(), &target)?,
                 Some((t, other)) => {
                     let other = part(other)?;
                     let target = Target { teacher: Some(&other), ..target };
-                    measure_between(&hidden, &model.decoder.head, &t.decoder.head, &target)?
+                    measure_between(&hidden, model.decoder.head(), t.decoder.head(), &target)?
                 }
             };
         }

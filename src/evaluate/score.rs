@@ -74,7 +74,7 @@ fn score_batch(model: Subject, texts: &[&Asked]) -> Result<Vec<Vec<Score>>> {
     };
     let wanted: Vec<(u32, u32)> = texts.iter().enumerate().flat_map(positions).collect();
     let mut tokens = Vec::with_capacity(wanted.len());
-    for block in wanted.chunks(block_rows(model.decoder.head.dim(0)?, !device.is_cpu())) {
+    for block in wanted.chunks(block_rows(model.decoder.architecture.vocab, !device.is_cpu())) {
         let (rows, targets): (Vec<u32>, Vec<u32>) = block.iter().copied().unzip();
         let rows = Tensor::from_vec(rows, block.len(), device)?;
         let logits = model.decoder.logits(&hidden.index_select(&rows, 0)?)?; // [M, V]

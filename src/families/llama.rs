@@ -1,6 +1,6 @@
-//! Llama 1 to 3.x, SmolLM, TinyLlama and everything else that calls itself `LlamaForCausalLM`.
+//! Llama 1 to 3.x, SmolLM, TinyLlama, Yi and everything else that calls itself `LlamaForCausalLM`.
 
-use super::{Architecture, Family, Rope, RopeScaling};
+use super::{Activation, Architecture, Family, Layer, Names, rope};
 use crate::checkpoint::config::Config;
 use crate::error::{Error, Kind, Result};
 
@@ -8,10 +8,22 @@ pub const FAMILY: Family = Family {
     name: "llama",
     architectures: &["LlamaForCausalLM"],
     read,
+    names: &[&Names::LLAMA],
     ignored: &["model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"],
 };
 
-pub(super) fn read(config: &Config) -> Result<Architecture> {
+fn read(config: &Config) -> Result<Architecture> {
+    let attention_bias = config.bool_or("attention_bias", false)?;
+    Ok(Architecture {
+        qkv_bias: attention_bias,
+        o_bias: attention_bias,
+        mlp_bias: config.bool_or("mlp_bias", false)?,
+        ..base(config, 10_000.0)?
+    })
+}
+
+/// What families in Llama's spelling have in common, without biases; `theta` is the rotation's where nothing says it.
+pub(super) fn base(config: &Config, theta: f64) -> Result<Architecture> {
     let (hidden, heads) = (config.usize("hidden_size")?, config.usize("num_attention_heads")?);
     let head_dim = match config.opt_usize("head_dim")? {
         Some(d) => d,
@@ -28,14 +40,9 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     if head_dim == 0 || head_dim % 2 != 0 {
         return Err(refuse(config, format!("`head_dim` {head_dim} is not even, as rotary embedding needs")));
     }
-    let activation = config.opt_str("hidden_act")?.unwrap_or("silu");
-    if activation != "silu" {
-        return Err(refuse(config, format!("`hidden_act` is `{activation}`; this family is known with `silu`")));
-    }
-    let attention_bias = config.bool_or("attention_bias", false)?;
     let max_positions = config.opt_usize("max_position_embeddings")?.unwrap_or(2048);
+    let rotary = rope::rotary(config, head_dim)?;
     Ok(Architecture {
-        family: FAMILY.name,
         hidden,
         layers: config.usize("num_hidden_layers")?,
         heads,
@@ -43,60 +50,26 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         head_dim,
         intermediate: config.usize("intermediate_size")?,
         vocab: config.usize("vocab_size")?,
-        norm_eps: config.opt_f64("rms_norm_eps")?.unwrap_or(1e-6),
-        rope: rope(config, max_positions)?,
-        window: None,
         max_positions,
         tied: config.bool_or("tie_word_embeddings", false)?,
-        qkv_bias: attention_bias,
-        o_bias: attention_bias,
-        mlp_bias: config.bool_or("mlp_bias", false)?,
+        norm_eps: config.opt_f64("rms_norm_eps")?.unwrap_or(1e-6),
+        ropes: vec![rope::read(config, theta, max_positions, rotary)?],
+        rotary,
+        layer: vec![Layer::default()],
+        activation: activation(config, "hidden_act", "silu")?,
+        ..Architecture::default()
     })
 }
 
-/// `rope_theta` and `rope_scaling`, or both inside `rope_parameters` as newer configurations write them.
-fn rope(config: &Config, max_positions: usize) -> Result<Rope> {
-    let newer = config.opt_object("rope_parameters")?;
-    let theta = match &newer {
-        Some(parameters) => parameters.opt_f64("rope_theta")?,
-        None => None,
-    };
-    let theta = match theta {
-        Some(theta) => theta,
-        None => config.opt_f64("rope_theta")?.unwrap_or(10_000.0),
-    };
-    let scaling = match newer {
-        Some(parameters) => Some(parameters),
-        None => config.opt_object("rope_scaling")?,
-    };
-    let Some(keys) = scaling else { return Ok(Rope { theta, scaling: RopeScaling::None }) };
-    let kind = match keys.opt_str("rope_type")? {
-        Some(kind) => kind,
-        None => keys.opt_str("type")?.unwrap_or("default"),
-    };
-    let factor = || match keys.f64("factor")? {
-        factor if factor > 0.0 => Ok(factor),
-        factor => Err(keys.wrong("factor", &factor.into(), "a number above 0")),
-    };
-    let original = keys.opt_usize("original_max_position_embeddings")?;
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: factor()? },
-        "dynamic" => RopeScaling::Dynamic { factor: factor()?, original: original.unwrap_or(max_positions) },
-        "llama3" => RopeScaling::Llama3 {
-            factor: factor()?,
-            low: keys.f64("low_freq_factor")?,
-            high: keys.f64("high_freq_factor")?,
-            original: keys.usize("original_max_position_embeddings")?,
-        },
-        other => {
-            return Err(refuse(config, format!("rope scaling `{other}` is not supported"))
-                .hint("known: default, linear, dynamic, llama3"));
-        }
-    };
-    Ok(Rope { theta, scaling })
+/// The activation that `key` names.
+pub(super) fn activation(config: &Config, key: &str, default: &str) -> Result<Activation> {
+    let name = config.opt_str(key)?.unwrap_or(default);
+    Activation::of(name).ok_or_else(|| {
+        refuse(config, format!("`{key}` is `{name}`, which is not supported"))
+            .hint("known: silu, gelu, gelu_new, gelu_pytorch_tanh")
+    })
 }
 
-fn refuse(config: &Config, what: String) -> Error {
+pub(super) fn refuse(config: &Config, what: String) -> Error {
     Error::new(Kind::Config, format!("{}: {what}", config.file()))
 }

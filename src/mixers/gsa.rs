@@ -94,7 +94,13 @@ impl Design for Config {
         DEF.name
     }
 
-    fn check(&self, _: &Architecture) -> std::result::Result<(), String> {
+    fn check(&self, a: &Architecture) -> std::result::Result<(), String> {
+        if let Some(cap) = a.softcap {
+            return Err(format!(
+                "the teacher bends its scores to ±{cap}, and slots are read by a softmax of what is not bent; \
+                 take another `mixer.kind`"
+            ));
+        }
         if !self.gate.per_channel() {
             return Err("`mixer.gate.kind` must be `low_rank` or `pooled`: every slot has a gate of its own".into());
         }

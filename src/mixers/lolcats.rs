@@ -141,7 +141,8 @@ impl Design for Config {
 
     fn build(&self, a: &Architecture, _: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let affine = self.affine && self.window > 0;
-        let attn = HybridAttn { heads: a.heads, kv_heads: a.kv_heads, window: self.op_window(), affine };
+        let softcap = a.softcap.map(|cap| cap as f32);
+        let attn = HybridAttn { heads: a.heads, kv_heads: a.kv_heads, window: self.op_window(), affine, softcap };
         Box::new(Lolcats { attn, maps: self.form(a).build(a, &params), params })
     }
 
@@ -238,7 +239,7 @@ impl Lolcats {
             Tensor::from_iter(cells, qkv.device())?.reshape((n, m))
         };
         let mask = cell(&|i, j| j <= i && j >= window.start(i))?;
-        let scores = (q.matmul(&keys.t()?)? * (d as f64).powf(-0.5))?;
+        let scores = self.attn.bend((q.matmul(&keys.t()?)? * (d as f64).powf(-0.5))?)?;
         let scores = scores.broadcast_mul(&mask)?.broadcast_add(&((&mask - 1.0)? * 1e30)?)?;
         let top = scores.max_keepdim(D::Minus1)?.maximum(-1e29)?;
         let mut weights = scores.broadcast_sub(&top)?.exp()?.broadcast_mul(&mask)?.broadcast_mul(&sigma)?;
@@ -334,6 +335,9 @@ impl Mixer for Lolcats {
         device: &candle_core::Device,
     ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
         use crate::ops::decode::{Activation, Lolcats as Fixed, ring};
+        if self.attn.softcap.is_some() {
+            candle_core::bail!("the one-token window has no soft-cap");
+        }
         let (h, d, width) = (self.attn.heads, a.head_dim, self.maps.form.width());
         let halves = |x: Tensor, dtype: DType| -> Result<[Tensor; 2]> {
             let part = |from| x.narrow(0, from, h)?.to_dtype(dtype)?.copy();

@@ -151,15 +151,22 @@ pub struct Heads<'a> {
     pub qkv: Tensor,
     pub heads: usize,
     pub kv_heads: usize,
-    /// [T, D / 2] for these positions.
+    /// [T, R / 2] for these positions, R of D channels turning.
     pub cos: &'a Tensor,
     pub sin: &'a Tensor,
+    /// The teacher bends scores s to cap tanh(s / cap).
+    pub softcap: Option<f64>,
     rotated: OnceCell<Tensor>,
 }
 
 impl<'a> Heads<'a> {
     pub fn new(x: Tensor, qkv: Tensor, heads: usize, kv_heads: usize, cos: &'a Tensor, sin: &'a Tensor) -> Self {
-        Heads { x, qkv, heads, kv_heads, cos, sin, rotated: OnceCell::new() }
+        Heads { x, qkv, heads, kv_heads, cos, sin, softcap: None, rotated: OnceCell::new() }
+    }
+
+    /// The same under the teacher's soft-cap.
+    pub fn capped(self, softcap: Option<f64>) -> Self {
+        Heads { softcap, ..self }
     }
 
     /// The same for mixers that do not rotate: `rotated` gives the heads as they are.

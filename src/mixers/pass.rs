@@ -13,7 +13,7 @@ use candle_core::{D, DType, Result, Tensor};
 use super::{Heads, PIECE, State};
 use crate::ops::delta_rule::{Decay, DeltaRule};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
-use crate::ops::softmax_attn::{SoftmaxAttn, causal_mask, repeat_kv};
+use crate::ops::softmax_attn::{SoftmaxAttn, bend, causal_mask, repeat_kv};
 use crate::ops::wide;
 
 /// How a formula is computed.
@@ -216,7 +216,8 @@ impl Pass<'_> {
         let (h, g) = (x.heads, x.kv_heads);
         let time = qkv.dim(1)?;
         let k = qkv.narrow(2, h, g)?;
-        let attn = SoftmaxAttn { heads: h, kv_heads: g, window: Some(size), softcap: None };
+        let softcap = x.softcap.map(|cap| cap as f32);
+        let attn = SoftmaxAttn { heads: h, kv_heads: g, window: Some(size), softcap };
         let seen = self.seen();
         let waiting = size.saturating_sub(seen).min(time);
         let rows = |value: fn(_, _, _) -> Result<Tensor>, n| value((1, n, 1, 1), qkv.dtype(), qkv.device());
@@ -276,7 +277,8 @@ fn band(x: &Heads, q: &Tensor, k: &Tensor, v: &Tensor, size: usize, past: usize)
     let by_head = |x: &Tensor| x.to_dtype(dtype)?.transpose(1, 2)?.contiguous();
     let (q, k, v) = (by_head(q)?, repeat_kv(&by_head(k)?, x.heads / x.kv_heads)?, by_head(v)?);
     let mask = causal_mask(n, past + n, Some(size), q.device())?.to_dtype(dtype)?;
-    let scores = (q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?.broadcast_add(&mask)?;
+    let scores = (q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?;
+    let scores = x.softcap.map_or(Ok(scores.clone()), |cap| bend(&scores, cap))?.broadcast_add(&mask)?;
     let top = scores.max_keepdim(D::Minus1)?;
     let weights = scores.broadcast_sub(&top)?.exp()?;
     let mass = weights.sum_keepdim(D::Minus1)?;

@@ -16,7 +16,7 @@ pub const DEF: MixerDef = MixerDef {
     variants: || vec![Box::new(Softmax)],
 };
 
-/// Softmax attention as the family defines it; it adds nothing.
+/// Softmax attention as the family defines it; it adds nothing. Costs of one layer are means over all.
 pub struct Softmax;
 
 impl Design for Softmax {
@@ -32,18 +32,31 @@ impl Design for Softmax {
         Vec::new()
     }
 
-    fn build(&self, a: &Architecture, _: usize, _: Vec<Param>) -> Box<dyn Mixer> {
-        Box::new(SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window: a.window, softcap: None })
+    fn build(&self, a: &Architecture, layer: usize, _: Vec<Param>) -> Box<dyn Mixer> {
+        let (window, softcap) = (a.layer(layer).window, a.softcap.map(|cap| cap as f32));
+        Box::new(SoftmaxAttn { heads: a.heads, kv_heads: a.kv_heads, window, softcap })
     }
 
     fn state_bytes(&self, a: &Architecture, context: usize, element: usize) -> usize {
-        2 * a.window.map_or(context, |w| w.min(context)) * a.kv_heads * a.head_dim * element
+        cache_bytes(a, 0..a.layers, context, element) / a.layers.max(1)
     }
 
     fn flops_per_token(&self, a: &Architecture, seq_len: usize) -> f64 {
-        let keys = a.window.map_or(seq_len as f64 / 2.0, |w| (w as f64).min(seq_len as f64 / 2.0));
-        4.0 * keys * (a.heads * a.head_dim) as f64
+        flops_per_token(a, 0..a.layers, seq_len) / a.layers.max(1) as f64
     }
+}
+
+/// Bytes of keys and values of one sequence after `context` tokens in these layers.
+pub fn cache_bytes(a: &Architecture, layers: impl IntoIterator<Item = usize>, context: usize, element: usize) -> usize {
+    let held = |layer| a.layer(layer).window.map_or(context, |w| w.min(context));
+    2 * layers.into_iter().map(held).sum::<usize>() * a.kv_heads * a.head_dim * element
+}
+
+/// Multiply-adds times two per token in these layers beyond the projections.
+pub fn flops_per_token(a: &Architecture, layers: impl IntoIterator<Item = usize>, seq_len: usize) -> f64 {
+    let half = seq_len as f64 / 2.0;
+    let keys = |layer| a.layer(layer).window.map_or(half, |w| (w as f64).min(half));
+    4.0 * layers.into_iter().map(keys).sum::<f64>() * (a.heads * a.head_dim) as f64
 }
 
 impl Mixer for SoftmaxAttn {

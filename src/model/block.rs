@@ -1,14 +1,17 @@
-//! One block: norm → q, k, v → mixer → o → norm → MLP, each half added to the stream.
+//! One block: norm → q, k, v → mixer → o → norm → MLP, each half added to the stream; which norms there are and where
+//! says the family ([`Architecture`]).
 
 use candle_core::{DType, Result as TensorResult, Tensor};
 
 use super::Tables;
+use super::experts::Experts;
+use super::mlp::{Dense, Mlp};
+use super::norm::Norm;
 use crate::error::Result;
-use crate::families::{Architecture, Projection, Role};
+use crate::families::{Architecture, HeadNorm, Place, Projection, Role};
 use crate::mixers::{Heads, Mixer};
 use crate::ops::loss::with_gradient;
-use crate::ops::rms_norm::rms_norm;
-use crate::ops::swiglu::swiglu;
+use crate::ops::{scaled, wide};
 use crate::params::{Adapters, Stack};
 
 /// Frozen weights of one block.
@@ -17,58 +20,145 @@ pub struct Block {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
-    norm_eps: f64,
-    pub(super) input_norm: Tensor,
-    pub(super) post_norm: Tensor,
+    /// Which of the decoder's rotations.
+    rope: usize,
+    softcap: Option<f64>,
+    parallel: bool,
+    /// What both halves are multiplied by before they join the stream.
+    scale: f64,
+    /// In the order of [`Place`].
+    norms: [Option<Norm>; 4],
+    head_norms: Option<HeadNorms>,
+    /// What heads are multiplied by, [H + 2 Hkv, 1] in f32: queries by the family's scale of scores, times sqrt(D).
+    head_scale: Option<Tensor>,
     pub(super) qkv: Stack,
     pub(super) o: Stack,
-    pub(super) gate_up: Stack,
-    pub(super) down: Stack,
+    pub(super) mlp: Mlp,
+}
+
+/// Norms of queries and keys.
+struct HeadNorms {
+    over: HeadNorm,
+    q: Norm,
+    k: Norm,
 }
 
 impl Block {
     /// Reads the block's tensors by role.
     pub(super) fn load(a: &Architecture, layer: usize, read: &dyn Fn(Role) -> Result<Tensor>) -> Result<Block> {
         let stack = |members: &[Projection]| -> Result<Stack> {
-            let part = |p: &Projection| {
-                let bias = if a.bias(*p) { Some(read(Role::Bias(layer, *p))?) } else { None };
-                Ok((*p, read(Role::Weight(layer, *p))?, bias))
-            };
-            Ok(Stack::new(members.iter().map(part).collect::<Result<_>>()?)?)
+            let mut parts = Vec::new();
+            for leader in members.iter().filter(|p| a.names.leads(**p)) {
+                let weight = a.rows(*leader, &read(Role::Weight(layer, *leader))?)?;
+                let bias = match a.bias(*leader) {
+                    true => Some(a.rows(*leader, &read(Role::Bias(layer, *leader))?)?),
+                    false => None,
+                };
+                let mut start = 0;
+                for p in a.names.beside(*leader) {
+                    let count = a.shape(p)[0];
+                    let cut = |x: &Tensor| x.narrow(0, start, count);
+                    parts.push((p, cut(&weight)?, bias.as_ref().map(cut).transpose()?));
+                    start += count;
+                }
+            }
+            Ok(Stack::new(parts)?)
+        };
+        let norm = |place: Place| -> Result<Option<Norm>> {
+            let there = a.norms().any(|p| p == place);
+            there.then(|| Norm::load(a, |part| read(Role::Norm(layer, place, part)))).transpose()
+        };
+        let head_norm = |p| Norm::load(a, |_| read(Role::HeadNorm(layer, p)));
+        let head_norms = match a.has_head_norms() {
+            true => Some(HeadNorms { over: a.head_norm, q: head_norm(Projection::Q)?, k: head_norm(Projection::K)? }),
+            false => None,
+        };
+        let mlp = match a.experts(layer) {
+            Some(experts) => Mlp::Experts(Experts::load(experts, layer, read)?),
+            None => Mlp::Dense(Dense {
+                layer,
+                activation: a.activation,
+                gated: a.gated(),
+                gate_up: stack(&[Projection::Gate, Projection::Up])?,
+                down: stack(&[Projection::Down])?,
+            }),
+        };
+        let qkv = stack(&[Projection::Q, Projection::K, Projection::V])?;
+        let scale = a.query_scale();
+        let head_scale = if scale == 1.0 {
+            None
+        } else {
+            let of = |head: usize| if head < a.heads { scale as f32 } else { 1.0 };
+            let (weight, _) = qkv.whole();
+            let scales = Tensor::from_iter((0..a.heads + 2 * a.kv_heads).map(of), weight.device())?;
+            Some(scales.to_dtype(wide(weight.dtype()))?.unsqueeze(1)?)
         };
         Ok(Block {
             layer,
             heads: a.heads,
             kv_heads: a.kv_heads,
             head_dim: a.head_dim,
-            norm_eps: a.norm_eps,
-            input_norm: read(Role::InputNorm(layer))?,
-            post_norm: read(Role::PostAttentionNorm(layer))?,
-            qkv: stack(&[Projection::Q, Projection::K, Projection::V])?,
+            rope: a.layer(layer).rope,
+            softcap: a.softcap,
+            parallel: a.parallel,
+            scale: a.residual_scale,
+            norms: [
+                norm(Place::BeforeAttention)?,
+                norm(Place::AfterAttention)?,
+                norm(Place::BeforeMlp)?,
+                norm(Place::AfterMlp)?,
+            ],
+            head_norms,
+            head_scale,
+            qkv,
             o: stack(&[Projection::O])?,
-            gate_up: stack(&[Projection::Gate, Projection::Up])?,
-            down: stack(&[Projection::Down])?,
+            mlp,
         })
     }
 
-    fn stack(&mut self, p: Projection) -> &mut Stack {
-        match p {
-            Projection::Q | Projection::K | Projection::V => &mut self.qkv,
-            Projection::O => &mut self.o,
-            Projection::Gate | Projection::Up => &mut self.gate_up,
-            Projection::Down => &mut self.down,
+    fn stacks(&self) -> Vec<&Stack> {
+        match &self.mlp {
+            Mlp::Dense(mlp) => vec![&self.qkv, &self.o, &mlp.gate_up, &mlp.down],
+            Mlp::Experts(_) => vec![&self.qkv, &self.o],
         }
     }
 
     /// The weight [out, in] of a projection.
     pub fn weight(&self, p: Projection) -> TensorResult<Tensor> {
-        let stacks = [&self.qkv, &self.o, &self.gate_up, &self.down];
-        stacks.into_iter().find_map(|s| s.weight(p)).unwrap_or_else(|| candle_core::bail!("no {} here", p.name()))
+        self.stacks().into_iter().find_map(|s| s.weight(p)).unwrap_or_else(|| missing(p))
     }
 
     /// Replaces a projection's weight: a merged adapter.
     pub fn set_weight(&mut self, p: Projection, weight: &Tensor) -> TensorResult<()> {
-        self.stack(p).set_weight(p, weight)
+        let stack = match (p, &mut self.mlp) {
+            (Projection::Q | Projection::K | Projection::V, _) => &mut self.qkv,
+            (Projection::O, _) => &mut self.o,
+            (Projection::Gate | Projection::Up, Mlp::Dense(mlp)) => &mut mlp.gate_up,
+            (Projection::Down, Mlp::Dense(mlp)) => &mut mlp.down,
+            _ => return missing(p),
+        };
+        stack.set_weight(p, weight)
+    }
+
+    /// The tensor that `p` stands for, as the checkpoint has it.
+    pub fn stored(&self, a: &Architecture, p: Projection) -> TensorResult<Tensor> {
+        let parts = a.names.beside(p).map(|p| self.weight(p)).collect::<TensorResult<Vec<_>>>()?;
+        let rows = if let [one] = parts.as_slice() { one.clone() } else { Tensor::cat(&parts, 0)? };
+        a.stored(p, &rows)
+    }
+
+    pub(super) fn norm(&self, place: Place) -> Option<&Norm> {
+        self.norms[place as usize].as_ref()
+    }
+
+    /// `x` behind the norm at a place, where there is one.
+    fn normed(&self, place: Place, x: &Tensor) -> TensorResult<Tensor> {
+        self.norm(place).map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
+    }
+
+    /// What a half of the block adds to the stream, from what came out of it.
+    fn added(&self, place: Place, y: &Tensor) -> TensorResult<Tensor> {
+        scaled(&self.normed(place, y)?, self.scale)
     }
 
     /// Queries, keys and values of `x` [B, T, N], packed and not yet rotated.
@@ -80,24 +170,39 @@ impl Block {
         noise: Option<u64>,
     ) -> TensorResult<Heads<'a>> {
         let (b, t, _) = x.dims3()?;
-        let x = rms_norm(x, &self.input_norm, self.norm_eps)?;
+        let x = self.normed(Place::BeforeAttention, x)?;
         let qkv = self.qkv.apply(self.layer, &x, lora, noise)?;
-        let qkv = qkv.reshape((b, t, self.heads + 2 * self.kv_heads, self.head_dim))?;
-        Ok(Heads::new(x, qkv, self.heads, self.kv_heads, &tables.cos, &tables.sin))
+        let mut qkv = qkv.reshape((b, t, self.heads + 2 * self.kv_heads, self.head_dim))?;
+        if let Some(norms) = &self.head_norms {
+            let (h, g) = (self.heads, self.kv_heads);
+            let part = |from, count| qkv.narrow(2, from, count)?.contiguous();
+            let normed = |norm: &Norm, x: Tensor| match norms.over {
+                HeadNorm::Each => norm.forward(&x),
+                HeadNorm::Whole => norm.forward(&x.flatten_from(2)?)?.reshape(x.shape()),
+            };
+            qkv = Tensor::cat(&[normed(&norms.q, part(0, h)?)?, normed(&norms.k, part(h, g)?)?, part(h + g, g)?], 2)?;
+        }
+        if let Some(scale) = &self.head_scale {
+            qkv = qkv.to_dtype(scale.dtype())?.broadcast_mul(scale)?.to_dtype(qkv.dtype())?;
+        }
+        let (cos, sin) = tables.of(self.rope);
+        Ok(Heads::new(x, qkv, self.heads, self.kv_heads, cos, sin).capped(self.softcap))
     }
 
     /// What attention output `y` [B, T, H, D] adds to the stream: [B, T, N].
     pub fn output(&self, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
-        self.o.apply(self.layer, y, lora, noise)
+        let y = self.o.apply(self.layer, y, lora, noise)?;
+        self.added(Place::AfterAttention, &y)
     }
 
     /// The stream [B, T, N] after attention output `y` [B, T, H, D] and the MLP.
     pub fn finish(&self, x: &Tensor, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
         let (x, inner) = self.middle(x, y, lora, noise)?;
-        x + self.down.apply(self.layer, &inner, lora, noise)?
+        x + self.last(&inner, lora, noise)?
     }
 
-    /// The stream [B, T, N] after attention output `y`, and the inside of the MLP [B, T, I] before its last projection.
+    /// The stream [B, T, N] after attention output `y`, and what the last product of the MLP multiplies, [B, T, I]; with
+    /// experts the input of them all.
     fn middle(
         &self,
         x: &Tensor,
@@ -105,10 +210,30 @@ impl Block {
         lora: Option<&Adapters>,
         noise: Option<u64>,
     ) -> TensorResult<(Tensor, Tensor)> {
-        let x = (x + self.output(y, lora, noise)?)?;
-        let inner = rms_norm(&x, &self.post_norm, self.norm_eps)?;
-        let gate_up = self.gate_up.apply(self.layer, &inner, lora, noise)?;
-        Ok((x, swiglu(&gate_up)?))
+        let after = (x + self.output(y, lora, noise)?)?;
+        let inner = self.normed(Place::BeforeMlp, if self.parallel { x } else { &after })?;
+        let inner = match &self.mlp {
+            Mlp::Dense(mlp) => mlp.inner(&inner, lora, noise)?,
+            Mlp::Experts(_) => inner,
+        };
+        Ok((after, inner))
+    }
+
+    /// What the MLP adds to the stream, from the inside of [`Block::middle`].
+    fn last(&self, inner: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
+        let y = match &self.mlp {
+            Mlp::Dense(mlp) => mlp.down.apply(self.layer, inner, lora, noise)?,
+            Mlp::Experts(experts) => experts.forward(inner)?,
+        };
+        self.added(Place::AfterMlp, &y)
+    }
+
+    /// The weight of the last product, where nothing changes it and nothing but a scale follows.
+    fn last_weight(&self, lora: Option<&Adapters>) -> Option<TensorResult<Tensor>> {
+        let Mlp::Dense(mlp) = &self.mlp else { return None };
+        let changed = lora.is_some_and(|l| l.changes(self.layer, Projection::Down));
+        let plain = !changed && self.norm(Place::AfterMlp).is_none();
+        mlp.down.weight(Projection::Down).filter(|_| plain)
     }
 
     /// A scalar whose backward pass carries the gradient `from_above` of the block's output to its input and to
@@ -127,13 +252,12 @@ impl Block {
         let (x, inner) = self.middle(x, &y, lora, noise)?;
         let zero = Tensor::zeros((), DType::F32, x.device())?;
         let stream = with_gradient(&x, zero.clone(), from_above.clone())?;
-        let changed = lora.is_some_and(|l| l.changes(self.layer, Projection::Down));
-        let mlp = match self.down.weight(Projection::Down).filter(|_| !changed) {
+        let mlp = match self.last_weight(lora) {
             Some(weight) => {
                 let from_above = from_above.flatten(0, 1)?.matmul(&weight?)?.reshape(inner.shape())?;
-                with_gradient(&inner, zero, from_above)?
+                with_gradient(&inner, zero, scaled(&from_above, self.scale)?)?
             }
-            None => with_gradient(&self.down.apply(self.layer, &inner, lora, noise)?, zero, from_above.clone())?,
+            None => with_gradient(&self.last(&inner, lora, noise)?, zero, from_above.clone())?,
         };
         stream + mlp
     }
@@ -150,4 +274,8 @@ impl Block {
         let y = mixer.forward(&self.heads(x, tables, lora, noise)?)?;
         self.finish(x, &y, lora, noise)
     }
+}
+
+fn missing<T>(p: Projection) -> TensorResult<T> {
+    candle_core::bail!("this block has no {}", p.name())
 }

@@ -5,7 +5,10 @@
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 
+use super::mlp::Mlp;
+use super::norm::Norm;
 use super::{Decoder, Net};
+use crate::families::Place;
 use crate::mixers::State;
 use crate::ops::cuda::{device_of, pointer};
 use crate::ops::decode::{self, Embed, Fixed, MOST, Mode, Product, Token, parts, writable};
@@ -74,9 +77,10 @@ impl<'a> Graph<'a> {
         if net.adapters.is_some() {
             bail!("adapters are not merged");
         }
-        if a.rope.grows() {
-            bail!("rotary frequencies depend on the length");
+        if let Some(what) = a.beyond_llama() {
+            bail!("one-token kernels are Llama's, this model has {what}");
         }
+        let [rope] = a.ropes.as_slice() else { bail!("layers differ in their rotation") };
         if batch > MOST {
             bail!("a batch of {batch} is more than {MOST}");
         }
@@ -88,7 +92,7 @@ impl<'a> Graph<'a> {
         let seen = states.first().map_or(0, |s| s.seen);
         let layers = net.mixers.iter().zip(states).map(|(m, s)| m.fixed(s, batch, a, seen + most, &decoder.device));
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let frequencies = a.rope.inverse_frequencies(a.head_dim, seen + most);
+        let frequencies = rope.inverse_frequencies(a.head_dim, seen + most);
         let at = &decoder.device;
         let f32s = |n: usize| Tensor::zeros((batch, n), DType::F32, at);
         let bf16s = |n: usize| Tensor::zeros((batch, n), DType::BF16, at);
@@ -121,8 +125,10 @@ impl<'a> Graph<'a> {
     fn launch(&self) -> Result<()> {
         let (a, b, device, overlap) = (&self.decoder.architecture, &self.buffers, self.device()?, self.overlap);
         let rows = |n: usize| n as i32;
-        let norms: Vec<&Tensor> = self.decoder.blocks.iter().flat_map(|l| [&l.input_norm, &l.post_norm]).collect();
-        let next = |n: usize| pointer(norms.get(n).copied().unwrap_or(&self.decoder.final_norm));
+        let places = [Place::BeforeAttention, Place::BeforeMlp];
+        let norms = self.decoder.blocks.iter().flat_map(|block| places.map(|place| block.norm(place)));
+        let norms: Vec<&Norm> = norms.flatten().collect();
+        let next = |n: usize| pointer(&norms.get(n).copied().unwrap_or(&self.decoder.final_norm).weight);
         let base = Product { batch: rows(self.batch), eps: a.norm_eps as f32, ..Product::default() };
         // Of rows that the norm's scale belongs to.
         let scaled = |count: usize| -> Result<Product> {
@@ -183,8 +189,9 @@ impl<'a> Graph<'a> {
             run(&block.qkv, Product { out: writable(&b.qkv)?, ..scaled(before)? }, Mode::Plain)?;
             layer.step(&token)?;
             run(&block.o, add(&b.y, 2 * l + 1)?, Mode::Add)?;
-            run(&block.gate_up, Product { scaled: writable(&b.inner)?, ..scaled(added)? }, Mode::Swiglu)?;
-            run(&block.down, add(&b.inner, 2 * l + 2)?, Mode::Add)?;
+            let Mlp::Dense(mlp) = &block.mlp else { bail!("experts have no one-token kernel") };
+            run(&mlp.gate_up, Product { scaled: writable(&b.inner)?, ..scaled(added)? }, Mode::Swiglu)?;
+            run(&mlp.down, add(&b.inner, 2 * l + 2)?, Mode::Add)?;
             before = added;
         }
         let head = Product {

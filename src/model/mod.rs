@@ -5,8 +5,11 @@
 //! same weights.
 
 mod block;
+mod experts;
 #[cfg(feature = "cuda")]
 mod graph;
+mod mlp;
+mod norm;
 mod steps;
 
 use std::sync::Mutex;
@@ -15,12 +18,16 @@ use candle_core::{DType, Device, Result as TensorResult, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::families::{Architecture, Role};
+use crate::families::{Architecture, Part, Role, Rope};
 use crate::mixers::softmax::Softmax;
 use crate::mixers::{Design, Mixer, Spec, State};
-use crate::ops::rms_norm::rms_norm;
+use crate::ops::head_loss::Head;
+use crate::ops::scaled;
+use crate::ops::softmax_attn::bend;
 use crate::params::{Adapters, Param};
 use crate::progress::Progress;
+
+use norm::Norm;
 
 pub use block::Block;
 pub use steps::Steps;
@@ -32,19 +39,30 @@ pub struct Decoder {
     pub dtype: DType,
     /// [V, N]
     embedding: Tensor,
-    final_norm: Tensor,
+    /// Learned positions [P, N], where there are any.
+    positions: Option<Tensor>,
+    final_norm: Norm,
     /// [V, N]
-    pub head: Tensor,
+    head: Tensor,
     blocks: Vec<Block>,
     tables: Mutex<Option<Tables>>,
 }
 
-/// Rotary tables [T, D / 2] in f32 of positions `start..start + T`.
+/// Rotary tables of positions `start..start + length`.
 #[derive(Clone)]
 pub struct Tables {
     start: usize,
-    pub cos: Tensor,
-    pub sin: Tensor,
+    length: usize,
+    /// Cosines and sines [T, R / 2] in f32 of every rotation, R of D channels turning.
+    turns: Vec<(Tensor, Tensor)>,
+}
+
+impl Tables {
+    /// Cosines and sines of one of the decoder's rotations.
+    pub fn of(&self, rope: usize) -> (&Tensor, &Tensor) {
+        let (cos, sin) = &self.turns[rope];
+        (cos, sin)
+    }
 }
 
 /// What runs over the frozen weights.
@@ -149,13 +167,15 @@ impl Decoder {
     ) -> Result<Decoder> {
         let embedding = read(Role::Embedding)?;
         let head = if a.tied { embedding.clone() } else { read(Role::Head)? };
-        let final_norm = read(Role::FinalNorm)?;
+        let positions = if a.has_positions() { Some(read(Role::Positions)?) } else { None };
+        let final_norm = Norm::load(a, |part: Part| read(Role::FinalNorm(part)))?;
         let blocks = (0..a.layers).map(|l| Block::load(a, l, read)).collect::<Result<Vec<_>>>()?;
         Ok(Decoder {
             architecture: a.clone(),
             device: device.clone(),
             dtype,
             embedding,
+            positions,
             final_norm,
             head,
             blocks,
@@ -171,32 +191,59 @@ impl Decoder {
         &mut self.blocks[layer]
     }
 
-    /// Embeddings [B, T, N] of ids [B, T].
+    /// Embeddings [B, T, N] of ids [B, T] from the first position on.
     pub fn embed(&self, ids: &Tensor) -> TensorResult<Tensor> {
-        let (b, t) = ids.dims2()?;
-        self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, self.architecture.hidden))
+        self.embed_at(ids, 0)
     }
 
+    /// The same of ids that begin at position `start`.
+    fn embed_at(&self, ids: &Tensor, start: usize) -> TensorResult<Tensor> {
+        let a = &self.architecture;
+        let (b, t) = ids.dims2()?;
+        let mut x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, a.hidden))?;
+        if a.embedding_scale != 1.0 {
+            // Rounded to the precision of the embeddings, as the families that have it do.
+            x = (x * a.embedding_scale)?;
+        }
+        match &self.positions {
+            Some(_) if start + t > a.max_positions => {
+                candle_core::bail!("position {} of a model with {} learned positions", start + t, a.max_positions)
+            }
+            Some(positions) => x.broadcast_add(&positions.narrow(0, start, t)?),
+            None => Ok(x),
+        }
+    }
+
+    /// The last hidden state behind the final norm, so that its product with the head gives logits up to the soft-cap.
     pub fn final_norm(&self, x: &Tensor) -> TensorResult<Tensor> {
-        rms_norm(x, &self.final_norm, self.architecture.norm_eps)
+        scaled(&self.final_norm.forward(x)?, self.architecture.logit_scale)
+    }
+
+    /// What makes logits of hidden states.
+    pub fn head(&self) -> Head<'_> {
+        Head { weight: &self.head, softcap: self.architecture.logit_softcap }
     }
 
     /// Rotary tables of positions `start..start + length`.
     pub fn tables(&self, start: usize, length: usize) -> TensorResult<Tables> {
         let mut cached = self.tables.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(t) = &*cached
-            && t.start == start
-            && t.cos.dim(0)? == length
+            && (t.start, t.length) == (start, length)
         {
             return Ok(t.clone());
         }
         let a = &self.architecture;
-        let frequencies = a.rope.inverse_frequencies(a.head_dim, start + length);
-        let angles = |f: fn(f64) -> f64| {
-            let cells = (start..start + length).flat_map(|p| frequencies.iter().map(move |w| f(p as f64 * w) as f32));
-            Tensor::from_vec(cells.collect::<Vec<_>>(), (length, a.head_dim / 2), &self.device)
+        let turn = |rope: &Rope| {
+            let (frequencies, size) = (rope.inverse_frequencies(a.rotary, start + length), rope.magnitude());
+            let angles = |f: fn(f64) -> f64| {
+                let at = |p: usize| frequencies.iter().map(move |w| (size * f(p as f64 * w)) as f32);
+                let cells: Vec<f32> = (start..start + length).flat_map(at).collect();
+                Tensor::from_vec(cells, (length, a.rotary / 2), &self.device)
+            };
+            Ok((angles(f64::cos)?, angles(f64::sin)?))
         };
-        let tables = Tables { start, cos: angles(f64::cos)?, sin: angles(f64::sin)? };
+        let turns = a.ropes.iter().map(turn).collect::<TensorResult<_>>()?;
+        let tables = Tables { start, length, turns };
         *cached = Some(tables.clone());
         Ok(tables)
     }
@@ -216,7 +263,7 @@ impl Decoder {
     pub fn extend(&self, ids: &Tensor, net: &Net, states: &mut [State]) -> TensorResult<Tensor> {
         let seen = states.first().map_or(0, |s| s.seen);
         let tables = self.tables(seen, ids.dim(1)?)?;
-        let mut x = self.embed(ids)?;
+        let mut x = self.embed_at(ids, seen)?;
         for ((block, mixer), state) in self.blocks.iter().zip(&net.mixers).zip(states) {
             let heads = block.heads(&x, &tables, net.adapters.as_ref(), None)?;
             let y = mixer.extend(&heads, state)?;
@@ -229,6 +276,7 @@ impl Decoder {
 
     /// Logits [.., V] in f32 of normalised hidden states [.., N].
     pub fn logits(&self, hidden: &Tensor) -> TensorResult<Tensor> {
-        crate::ops::linear::linear(hidden, &self.head)?.to_dtype(DType::F32)
+        let logits = crate::ops::linear::linear(hidden, &self.head)?.to_dtype(DType::F32)?;
+        self.architecture.logit_softcap.map_or(Ok(logits.clone()), |cap| bend(&logits, cap))
     }
 }

@@ -1,7 +1,7 @@
 //! Output head and loss in one op: logits are formed for a block of rows at a time and never kept.
 //!
 //! ```text
-//! z = h Wᵀ                                              h [M, N], W [V, N] frozen
+//! z = h Wᵀ, or cap tanh(h Wᵀ / cap)                     h [M, N], W [V, N] frozen
 //! loss = Σ_i m_i (ce · -log softmax(z_i)[target_i] + kl · KL(softmax(z'_i) || softmax(z_i))) / Σ m
 //! ```
 //! with z' the teacher's logits from its own hidden state h' through the same head. The gradient with respect to h is
@@ -11,8 +11,39 @@
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
+use super::softmax_attn::bend;
 use super::{cpu, loss};
 use crate::recipe::{Direction, Kl};
+
+/// What makes logits of hidden states.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    /// [V, N]
+    pub weight: &'a Tensor,
+    /// Logits are bent to stay between -cap and cap.
+    pub softcap: Option<f64>,
+}
+
+impl<'a> From<&'a Tensor> for Head<'a> {
+    fn from(weight: &'a Tensor) -> Self {
+        Head { weight, softcap: None }
+    }
+}
+
+impl Head<'_> {
+    /// Logits [M, V] of `h` [M, N].
+    fn logits(&self, h: &Tensor) -> Result<Tensor> {
+        let z = h.matmul(&self.weight.t()?)?;
+        self.softcap.map_or(Ok(z.clone()), |cap| bend(&z, cap))
+    }
+
+    /// The gradient of what is bent from that of bent logits `z`: tanh' = 1 - tanh².
+    fn unbend(&self, gradient: Tensor, z: &Tensor) -> Result<Tensor> {
+        let Some(cap) = self.softcap else { return Ok(gradient) };
+        let slope = (1.0 - (z / cap)?.sqr()?)?.to_dtype(gradient.dtype())?;
+        gradient * slope
+    }
+}
 
 /// What [`head_loss`] optimises and measures.
 pub struct Target<'a> {
@@ -60,7 +91,8 @@ pub fn block_rows(vocab: usize, gpu: bool) -> usize {
 }
 
 /// The loss, a scalar with gradient to `h`. Nothing waits for the device.
-pub fn head_loss(h: &Tensor, head: &Tensor, target: &Target) -> Result<Tensor> {
+pub fn head_loss<'a>(h: &Tensor, head: impl Into<Head<'a>>, target: &Target) -> Result<Tensor> {
+    let head = head.into();
     let (parts, per_row, gradient) = run(&h.detach(), head, head, target, true)?;
     let weights = [0.0, target.ce_weight, target.kl_weight, 0.0, 0.0].map(|w| w * per_row);
     let weights = Tensor::new(&weights, h.device())?.to_dtype(parts.dtype())?;
@@ -70,12 +102,13 @@ pub fn head_loss(h: &Tensor, head: &Tensor, target: &Target) -> Result<Tensor> {
 }
 
 /// The parts alone, no gradient.
-pub fn measure(h: &Tensor, head: &Tensor, target: &Target) -> Result<Sums> {
+pub fn measure<'a>(h: &Tensor, head: impl Into<Head<'a>>, target: &Target) -> Result<Sums> {
+    let head = head.into();
     measure_between(h, head, head, target)
 }
 
 /// The parts where the teacher has a head of its own.
-pub fn measure_between(h: &Tensor, head: &Tensor, teacher_head: &Tensor, target: &Target) -> Result<Sums> {
+pub fn measure_between(h: &Tensor, head: Head, teacher_head: Head, target: &Target) -> Result<Sums> {
     let parts = run(h, head, teacher_head, target, false)?.0.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let [rows, nll, kl, agree, teacher_nll] = parts[..] else { candle_core::bail!("{} sums of a loss", parts.len()) };
     Ok(Sums { rows, nll, kl, agree, teacher_nll })
@@ -84,8 +117,8 @@ pub fn measure_between(h: &Tensor, head: &Tensor, teacher_head: &Tensor, target:
 /// The fields of [`Sums`] in order as a tensor `[5]` on the device, the weight of a row, the gradient.
 fn run(
     h: &Tensor,
-    head: &Tensor,
-    teacher_head: &Tensor,
+    head: Head,
+    teacher_head: Head,
     target: &Target,
     with_gradient: bool,
 ) -> Result<(Tensor, f64, Option<Tensor>)> {
@@ -96,7 +129,7 @@ fn run(
     };
     let per_row = 1.0 / count.max(1.0);
     let (mut sums, mut gradients) = (Vec::new(), Vec::new());
-    let block = block_rows(head.dim(0)?, !h.device().is_cpu());
+    let block = block_rows(head.weight.dim(0)?, !h.device().is_cpu());
     for start in (0..rows).step_by(block) {
         let n = block.min(rows - start);
         let (mask, teacher) = (target.mask, target.teacher);
@@ -104,12 +137,14 @@ fn run(
         let teacher = teacher.map(|t| t.narrow(0, start, n)).transpose()?;
         let tokens = target.tokens.narrow(0, start, n)?;
         let part = Target { tokens: &tokens, mask: mask.as_ref(), teacher: teacher.as_ref(), ..*target };
-        let logits = h.narrow(0, start, n)?.matmul(&head.t()?)?;
-        let teacher = part.teacher.map(|t| t.matmul(&teacher_head.t()?)).transpose()?;
+        let logits = head.logits(&h.narrow(0, start, n)?)?;
+        // A kernel may write the gradient over the logits.
+        let kept = if head.softcap.is_some() && with_gradient { logits.copy()? } else { logits.clone() };
+        let teacher = part.teacher.map(|t| teacher_head.logits(t)).transpose()?;
         let (s, gradient) = block_loss(logits, teacher.as_ref(), &part, per_row, with_gradient)?;
         sums.push(s);
         if with_gradient {
-            gradients.push(gradient.to_dtype(h.dtype())?.matmul(head)?);
+            gradients.push(head.unbend(gradient, &kept)?.to_dtype(h.dtype())?.matmul(head.weight)?);
         }
     }
     let gradient = if gradients.is_empty() { None } else { Some(Tensor::cat(&gradients, 0)?) };
@@ -360,17 +395,26 @@ mod tests {
     /// The definition by autograd over whole logits. The `k` likeliest tokens of the teacher are those that at most
     /// `k` - 1 others exceed.
     fn oracle(h: &Tensor, head: &Tensor, target: &Target) -> Result<Tensor> {
+        capped_oracle(h, head, None, target)
+    }
+
+    /// The same where the model bends its logits.
+    fn capped_oracle(h: &Tensor, head: &Tensor, softcap: Option<f64>, target: &Target) -> Result<Tensor> {
         let log_p = |z: &Tensor, tau: f64| -> Result<Tensor> {
             let z = (z.to_dtype(super::super::wide(z.dtype()))? / tau)?; // as precise as the product that made them
             let z = z.broadcast_sub(&z.max_keepdim(1)?.detach())?;
             z.broadcast_sub(&z.exp()?.sum_keepdim(1)?.log()?)
         };
-        let z = h.matmul(&head.t()?)?;
+        let logits = |h: &Tensor| {
+            let z = h.matmul(&head.t()?)?;
+            softcap.map_or(Ok(z.clone()), |cap| (z / cap)?.tanh()? * cap)
+        };
+        let z = logits(h)?;
         let tokens = target.tokens.unsqueeze(1)?;
         let mut rows = (log_p(&z, 1.0)?.gather(&tokens, 1)?.squeeze(1)? * -target.ce_weight)?;
         if let Some(teacher) = target.teacher {
             let Kl { direction, temperature: tau, top_k } = target.kl;
-            let t = teacher.matmul(&head.t()?)?;
+            let t = logits(teacher)?;
             let (mut q, mut p) = (log_p(&z, tau)?, log_p(&t, tau)?);
             if top_k > 0 && top_k < z.dim(1)? {
                 let above = t.unsqueeze(1)?.broadcast_gt(&t.unsqueeze(2)?)?.to_dtype(q.dtype())?.sum(2)?;
@@ -432,6 +476,24 @@ mod tests {
                     }
                 });
             }
+        }
+    }
+
+    #[test]
+    fn bent_logits_have_the_gradient_of_what_they_are_bent_from() {
+        let (rows, width, vocab) = (37, 6, 50);
+        let tokens = Tensor::from_iter((0..rows as u32).map(|i| i * 7 % vocab), &Device::Cpu).unwrap();
+        let (head, t) = (input("randn", &[vocab as usize, width], 2), input("randn", &[rows, width], 3));
+        for (kl, plain) in divergences().into_iter().flat_map(|kl| [(kl, false), (kl, true)]) {
+            check(&format!("bent head_loss {kl:?}"), &[input("randn", &[rows, width], 1)], 5e-6, |x| {
+                let (t, head) = (t.to_dtype(x[0].dtype())?, head.to_dtype(x[0].dtype())?);
+                let target =
+                    Target { tokens: &tokens, mask: None, teacher: Some(&t), ce_weight: 0.7, kl_weight: 1.3, kl };
+                match (x[0].dtype(), plain) {
+                    (DType::F64, false) | (DType::F32, true) => capped_oracle(&x[0], &head, Some(2.5), &target),
+                    _ => head_loss(&x[0], Head { weight: &head, softcap: Some(2.5) }, &target),
+                }
+            });
         }
     }
 

@@ -45,6 +45,14 @@ pub(crate) fn fast(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
 }
 
+/// `x` times a number that is not rounded to the precision of `x`.
+pub(crate) fn scaled(x: &Tensor, factor: f64) -> Result<Tensor> {
+    if factor == 1.0 {
+        return Ok(x.clone());
+    }
+    (x.to_dtype(wide(x.dtype()))? * factor)?.to_dtype(x.dtype())
+}
+
 /// The precision plain forms compute in: at least f32.
 pub(crate) fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }

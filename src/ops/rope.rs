@@ -1,17 +1,17 @@
 //! Rotary position embedding in the half-split layout, with a gradient.
 //!
-//! Pairs (x_d, x_{d + D/2}) of head dim D turn by `position * inverse_frequency[d]`. `x` [B, T, heads, D] packs queries,
-//! keys and values; only the first `rotated` heads turn.
+//! Pairs (x_d, x_{d + R/2}) of the first R channels of a head turn by `position * inverse_frequency[d]`, the others stay;
+//! most families have R = D. `x` [B, T, heads, D] packs queries, keys and values; only the first `rotated` heads turn.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
 
-/// Cosines and sines [T, D / 2] of the positions of `x`.
+/// Cosines and sines [T, R / 2] of the positions of `x`.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if super::cuda::ready(x) && x.dim(3)?.is_multiple_of(4) {
+    if super::cuda::ready(x) && x.dim(3)?.is_multiple_of(4) && 2 * cos.dim(1)? == x.dim(3)? {
         let table = |t: &Tensor| t.to_dtype(candle_core::DType::F32)?.contiguous();
         return on_gpu(&x.contiguous()?, &table(cos)?, &table(sin)?, rotated);
     }
@@ -25,13 +25,17 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Te
 /// The definition in plain tensor operations.
 pub fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor, rotated: usize) -> Result<Tensor> {
     let (_, time, heads, dim) = x.dims4()?;
-    let table = |t: &Tensor| t.to_dtype(x.dtype())?.reshape((1, time, 1, dim / 2));
+    let half = cos.dim(1)?;
+    let table = |t: &Tensor| t.to_dtype(x.dtype())?.reshape((1, time, 1, half));
     let (cos, sin) = (table(cos)?, table(sin)?);
     let turned = x.narrow(2, 0, rotated)?;
-    let (a, b) = (turned.narrow(3, 0, dim / 2)?, turned.narrow(3, dim / 2, dim / 2)?);
+    let (a, b) = (turned.narrow(3, 0, half)?, turned.narrow(3, half, half)?);
     let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
     let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-    let turned = Tensor::cat(&[first, second], 3)?;
+    let turned = match dim - 2 * half {
+        0 => Tensor::cat(&[first, second], 3)?,
+        rest => Tensor::cat(&[first, second, turned.narrow(3, 2 * half, rest)?], 3)?,
+    };
     if rotated == heads {
         return Ok(turned);
     }
@@ -89,18 +93,18 @@ struct Op {
 impl Op {
     fn apply(&self, x: &[f32], shape: &Shape) -> Result<Vec<f32>> {
         let (_, time, heads, dim) = shape.dims4()?;
-        let half = dim / 2;
+        let half = self.cos.dim(1)?;
         let mut y = x.to_vec();
         cpu::with(&self.cos, |cos| {
             cpu::with(&self.sin, |sin| {
-                if cos.len() != time * half {
+                if cos.len() != time * half || 2 * half > dim {
                     candle_core::bail!("rotary table of {} elements for {time} positions of {half}", cos.len());
                 }
                 y.par_chunks_mut(heads * dim).enumerate().for_each(|(row, y)| {
                     let t = row % time;
                     let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
                     for head in y[..self.rotated * dim].chunks_mut(dim) {
-                        let (a, b) = head.split_at_mut(half);
+                        let (a, b) = head[..2 * half].split_at_mut(half);
                         for i in 0..half {
                             let (x, y, s) = (a[i], b[i], sin[i] * self.sign);
                             a[i] = x * cos[i] - y * s;
@@ -141,8 +145,9 @@ mod tests {
         let angle = input("large", &[37, 4], 3).to_dtype(candle_core::DType::F32).unwrap();
         let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
         for kind in INPUTS {
-            for rotated in [3, 5] {
-                check(kind, &[input(kind, &[2, 37, 5, 8], 1)], 2e-6, |x| super::rope(&x[0], &cos, &sin, rotated));
+            // All of a head turns, or 8 channels of 12.
+            for (rotated, dim) in [(3, 8), (5, 8), (3, 12), (5, 12)] {
+                check(kind, &[input(kind, &[2, 37, 5, dim], 1)], 2e-6, |x| super::rope(&x[0], &cos, &sin, rotated));
             }
         }
     }

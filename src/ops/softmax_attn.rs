@@ -164,16 +164,18 @@ impl SoftmaxAttn {
 
     /// The soft-cap.
     pub(crate) fn bend(&self, scores: Tensor) -> Result<Tensor> {
-        match self.softcap {
-            None => Ok(scores),
-            Some(cap) => (scores / f64::from(cap))?.tanh()? * f64::from(cap),
-        }
+        self.softcap.map_or(Ok(scores.clone()), |cap| bend(&scores, f64::from(cap)))
     }
 
     /// Whether the fast CPU form serves this tensor.
     fn is_fast(&self, qkv: &Tensor) -> bool {
         super::fast(qkv) && self.softcap.is_none()
     }
+}
+
+/// `cap tanh(x / cap)`: x bent to stay between -cap and cap.
+pub fn bend(x: &Tensor, cap: f64) -> Result<Tensor> {
+    (x / cap)?.tanh()? * cap
 }
 
 /// [B, Hkv, T, D] -> [B, Hkv * groups, T, D]: query head h reads key head h / groups, whole heads repeated.
@@ -212,7 +214,7 @@ impl Op {
     fn core<'a>(&self, shape: &Shape, qkv: &'a [f32]) -> Result<Core<'a>> {
         let SoftmaxAttn { heads, kv_heads, window, .. } = self.shape;
         let window = Window::Sliding(window.unwrap_or(usize::MAX));
-        let hybrid = HybridAttn { heads, kv_heads, window, affine: false };
+        let hybrid = HybridAttn { heads, kv_heads, window, affine: false, softcap: None };
         // σ(∞) = 1: the denominator is Σ exp(s - top) itself.
         let core = Core::new(hybrid, shape, qkv, None, &vec![f32::INFINITY; heads])?;
         Ok(if self.mass { core.with_mass() } else { core })

@@ -3,11 +3,13 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// `"all"`, a list of layer indices, `{ keep = [...] }`, `{ every = 4 }` or `{ keep_best = { count = 2 } }`.
+use crate::families::Architecture;
+
+/// `"all"`, `"global"`, a list of layer indices, `{ keep = [...] }`, `{ every = 4 }` or `{ keep_best = { count = 2 } }`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Layers {
-    All(All),
+    Word(Word),
     /// These layers are converted, the others keep softmax.
     Only(Vec<usize>),
     /// These layers keep softmax, the others are converted.
@@ -18,11 +20,12 @@ pub enum Layers {
     KeepBest(KeepBest),
 }
 
-/// The word `all`.
+/// `all` of them, or the `global` ones, whose softmax sees everything: those that see a window keep it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum All {
+pub enum Word {
     All,
+    Global,
 }
 
 /// The layers that stay softmax.
@@ -138,13 +141,14 @@ impl Layers {
         }
     }
 
-    /// The layers of a model of `count` layers that are converted, ascending: all of them where the ones to keep are yet
-    /// to be chosen. Layers out of range are an error text.
-    pub fn converted(&self, count: usize) -> Result<Vec<usize>, String> {
+    /// The layers of a model that are converted, ascending: all of them where the ones to keep are yet to be chosen.
+    /// Layers out of range are an error text.
+    pub fn converted(&self, a: &Architecture) -> Result<Vec<usize>, String> {
+        let count = a.layers;
         let listed: &[usize] = match self {
             Layers::Only(list) => list,
             Layers::Keep(keep) => &keep.keep,
-            Layers::All(_) | Layers::Every(_) => &[],
+            Layers::Word(_) | Layers::Every(_) => &[],
             Layers::KeepBest(best) => best.keep_best.kept(count).map(|_| &[][..])?,
         };
         if let Some(bad) = listed.iter().find(|l| **l >= count) {
@@ -154,7 +158,8 @@ impl Layers {
             ));
         }
         let inside = |l: &usize| match self {
-            Layers::All(_) | Layers::KeepBest(_) => true,
+            Layers::Word(Word::All) | Layers::KeepBest(_) => true,
+            Layers::Word(Word::Global) => a.layer(*l).window.is_none(),
             Layers::Only(list) => list.contains(l),
             Layers::Keep(keep) => !keep.keep.contains(l),
             Layers::Every(group) => !(l + 1).is_multiple_of(group.every),

@@ -16,7 +16,7 @@ mod stage;
 
 use std::collections::BTreeMap;
 
-pub use layers::{All, Best, By, Every, Keep, KeepBest, Layers};
+pub use layers::{Best, By, Every, Keep, KeepBest, Layers, Word};
 pub use load::Loaded;
 pub use show::schema;
 pub use source::{Shipped, list, shipped};
@@ -24,6 +24,8 @@ pub use stage::{Direction, Kl, Lora, Loss, Optimizer, RESERVED, Schedule, Stage}
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::families::Architecture;
 
 /// The full recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -163,7 +165,7 @@ impl Default for Recipe {
             about: String::new(),
             base: Base::default(),
             seed: 0,
-            layers: Layers::All(All::All),
+            layers: Layers::Word(Word::All),
             mixer: Mixer::Lolcats(Default::default()),
             data: Data::default(),
             stages: ["transfer", "recover"].map(String::from).to_vec(),
@@ -245,8 +247,8 @@ impl Recipe {
         self.stages.iter().filter_map(|name| self.stage.get(name).map(|stage| (name.as_str(), stage)))
     }
 
-    /// [`Layers::converted`] of a model of `count` layers.
-    pub fn converted(&self, count: usize) -> Result<Vec<usize>, String> {
-        self.layers.converted(count)
+    /// [`Layers::converted`] of a model.
+    pub fn converted(&self, architecture: &Architecture) -> Result<Vec<usize>, String> {
+        self.layers.converted(architecture)
     }
 }

@@ -60,7 +60,9 @@ pub fn export(
     for entry in entries.iter_mut().filter(|e| merged.contains(&e.name)) {
         if let Some(Claim::Reads(Role::Weight(layer, p))) = model.description.claims.get(&entry.name) {
             let (layer, p, dtype) = (*layer, *p, entry.dtype);
-            entry.data = Data::Lazy(Box::new(move || writer::tensor_bytes(&decoder.block(layer).weight(p)?, dtype)));
+            entry.data = Data::Lazy(Box::new(move || {
+                writer::tensor_bytes(&decoder.block(layer).stored(&decoder.architecture, p)?, dtype)
+            }));
         }
     }
     for param in student.mixers.iter().flat_map(|m| m.params()) {

@@ -46,7 +46,7 @@ use serde::Serialize;
 use super::super::trained::Reach;
 use crate::families::{Architecture, Projection};
 use crate::mixers::Design;
-use crate::mixers::softmax::Softmax;
+use crate::mixers::softmax;
 use crate::ops::head_loss::block_rows;
 use crate::recipe;
 
@@ -170,7 +170,7 @@ impl<'a> Costs<'a> {
             hidden: a.hidden as u64,
             query,
             packed: query + 2 * a.kv_heads as u64 * head,
-            mlp: a.intermediate as u64,
+            mlp: a.experts.map_or(0, |e| e.used * e.intermediate).max(a.intermediate) as u64,
             // A linear state sums features times [v, 1] in f32: its size tells the number of features.
             features: design.state_bytes(a, 0, 0) as u64 / (4 * (head + 1)),
             graph: design.graph_width(a) as u64,
@@ -222,15 +222,15 @@ impl<'a> Costs<'a> {
         let own = self.converted.iter().filter(|l| heads.iter().any(|p| changes.places.contains(&(**l, *p)))).count();
         let last = self.converted.last().copied().unwrap_or(0);
 
-        let frozen = 2.0 * (last as f64 * a.block_parameters() as f64 + packed);
-        let teacher = (last + 1) as f64 * Softmax.flops_per_token(a, s.seq_len);
+        let frozen = 2.0 * (last as f64 * a.active_parameters() as f64 + packed);
+        let teacher = softmax::flops_per_token(a, 0..=last, s.seq_len);
         let student = 3.0 * count * self.design.flops_per_token(a, s.seq_len);
         let output = if s.loss.hidden() { 6.0 * count * elements(a, Projection::O) as f64 } else { 0.0 };
         let changed = 2.0 * own as f64 * packed + 6.0 * changes.elements() as f64;
 
         let squares = match (self.device, s.loss.attention_ce > 0.0) {
-            (PlanDevice::Cpu, false) => 0,
-            (PlanDevice::Cuda, false) => self.plain_squares(12),
+            (PlanDevice::Cpu, false) if self.a.softcap.is_none() => 0,
+            (_, false) => self.plain_squares(12),
             (_, true) => 18,
         };
         let more = if own > 0 { w.hidden + 3 * w.packed } else { 0 } + if s.loss.hidden() { 4 * w.hidden } else { 0 };
@@ -249,12 +249,12 @@ impl<'a> Costs<'a> {
         let (layers, converted) = (a.layers as u64, self.converted.len() as u64);
         let taught = s.loss.logit_kl > 0.0;
 
-        let blocks = layers as f64 * a.block_parameters() as f64;
-        let softmax = Softmax.flops_per_token(a, s.seq_len);
+        let blocks = layers as f64 * a.active_parameters() as f64;
+        let kept = (0..a.layers).filter(|l| !self.converted.contains(l));
         let attention =
-            converted as f64 * self.design.flops_per_token(a, s.seq_len) + (layers - converted) as f64 * softmax;
+            converted as f64 * self.design.flops_per_token(a, s.seq_len) + softmax::flops_per_token(a, kept, s.seq_len);
         let head = (a.vocab * a.hidden) as f64 * if taught { 6.0 } else { 4.0 };
-        let teacher = if taught { 2.0 * blocks + layers as f64 * softmax } else { 0.0 };
+        let teacher = if taught { 2.0 * blocks + softmax::flops_per_token(a, 0..a.layers, s.seq_len) } else { 0.0 };
 
         let changed =
             |p: &Projection| if changes.places.iter().any(|(_, at)| at == p) { 3 * a.shape(*p)[0] as u64 } else { 0 };
@@ -269,7 +269,8 @@ impl<'a> Costs<'a> {
             + Projection::ALL.iter().map(changed).sum::<u64>()
             + s.lora_targets().iter().map(low_rank).sum::<u64>();
         let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
-        let squares = if self.device == PlanDevice::Cuda { self.plain_squares(16) } else { 0 };
+        let plain = self.device == PlanDevice::Cuda || self.a.softcap.is_some();
+        let squares = if plain { self.plain_squares(16) } else { 0 };
         let graphs = |micro: usize| self.activations(micro, s.seq_len, graph) + self.squares(micro, s.seq_len, squares);
 
         let least = match self.device {
@@ -317,7 +318,8 @@ impl<'a> Costs<'a> {
     /// Frozen weights of one model in memory.
     fn weights(&self) -> u64 {
         let a = self.a;
-        let embeddings = (a.vocab * a.hidden) as u64 * if a.tied { 1 } else { 2 };
+        let positions = if a.has_positions() { a.max_positions } else { 0 };
+        let embeddings = ((a.vocab * if a.tied { 1 } else { 2 } + positions) * a.hidden) as u64;
         let elements = embeddings + a.layers as u64 * a.block_parameters() as u64 + a.hidden as u64;
         elements * self.device.element()
     }
@@ -342,10 +344,11 @@ impl<'a> Costs<'a> {
         micro as u64 * seq_len as u64 * width * self.device.element()
     }
 
-    /// `count` where a GPU has no kernel for heads of this width and the plain forms run.
+    /// `count` where a GPU has no kernel for heads of this width, or nothing has one for a soft-cap, and the plain forms
+    /// run.
     fn plain_squares(&self, count: u64) -> u64 {
         let dim = self.a.head_dim;
-        if dim.is_multiple_of(8) && dim <= 128 { 0 } else { count }
+        if dim.is_multiple_of(8) && dim <= 128 && self.a.softcap.is_none() { 0 } else { count }
     }
 
     /// `count` matrices of attention weights [micro, H, T, T].

@@ -83,13 +83,14 @@ fn layers(mixer: &str, converted: &[usize], kept: &[usize]) -> String {
     [part(mixer, converted), part("softmax", kept)].into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
-/// One row for all tensors that differ in their layer only, in order of first appearance.
+/// One row for all tensors that differ in their layer and their expert only, in order of first appearance.
 fn tensors(title: &'static str, list: &[&Tensor]) -> Section {
     struct Group<'a> {
         first: &'a Tensor,
         /// Name before and after the layer.
-        name: (&'a str, &'a str),
+        name: (&'a str, String),
         layers: Vec<usize>,
+        count: usize,
         bytes: u64,
     }
     let mut groups: Vec<Group> = Vec::new();
@@ -97,23 +98,25 @@ fn tensors(title: &'static str, list: &[&Tensor]) -> Section {
         let (before, layer, after) = split(&tensor.name);
         let same = |g: &&mut Group| {
             let f = g.first;
-            g.name == (before, after)
+            (g.name.0, g.name.1.as_str()) == (before, after.as_str())
                 && !g.layers.is_empty()
                 && (f.dtype, &f.shape, f.fate, &f.note) == (tensor.dtype, &tensor.shape, tensor.fate, &tensor.note)
         };
         match groups.iter_mut().find(same).filter(|_| layer.is_some()) {
             Some(group) => {
                 group.layers.extend(layer);
+                group.count += 1;
                 group.bytes += tensor.bytes;
             }
             None => {
                 let layers = layer.into_iter().collect();
-                groups.push(Group { first: tensor, name: (before, after), layers, bytes: tensor.bytes });
+                groups.push(Group { first: tensor, name: (before, after), layers, count: 1, bytes: tensor.bytes });
             }
         }
     }
     let row = |mut g: Group| {
         g.layers.sort_unstable();
+        g.layers.dedup();
         let layers = match g.layers.len() {
             0 | 1 => ranges(&g.layers),
             _ => format!("{{{}}}", ranges(&g.layers)),
@@ -122,7 +125,7 @@ fn tensors(title: &'static str, list: &[&Tensor]) -> Section {
             format!("{}{layers}{}", g.name.0, g.name.1),
             g.first.dtype.to_string(),
             format!("{:?}", g.first.shape),
-            g.layers.len().max(1).to_string(),
+            g.count.to_string(),
             bytes(g.bytes),
             g.first.fate.word().to_string(),
             g.first.note.clone().unwrap_or_default(),
@@ -132,16 +135,19 @@ fn tensors(title: &'static str, list: &[&Tensor]) -> Section {
     Section { title, columns, rows: groups.into_iter().map(row).collect() }
 }
 
-/// `model.layers.`, 3, `.mlp.up_proj.weight`; without a layer the whole name.
-fn split(name: &str) -> (&str, Option<usize>, &str) {
-    let parts = name.split_once("layers.").and_then(|(_, rest)| {
-        let (number, _) = rest.split_once('.')?;
-        Some((name.len() - rest.len(), number.len(), number.parse().ok()?))
-    });
-    match parts {
-        Some((start, length, layer)) => (&name[..start], Some(layer), &name[start + length..]),
-        None => (name, None, ""),
+/// `model.layers.`, 3, `.mlp.experts.*.up_proj.weight`: what is before and behind the first number, later ones as `*`;
+/// without a number the whole name.
+fn split(name: &str) -> (&str, Option<usize>, String) {
+    let mut start = 0;
+    for part in name.split('.') {
+        if let Ok(layer) = part.parse() {
+            let rest = name[start + part.len()..].split('.');
+            let rest = rest.map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
+            return (&name[..start], Some(layer), rest.collect::<Vec<_>>().join("."));
+        }
+        start += part.len() + 1;
     }
+    (name, None, String::new())
 }
 
 /// A column for each training stage, and one for the memory of verification.
@@ -241,7 +247,12 @@ mod tests {
     fn layer_ranges() {
         assert_eq!(ranges(&[]), "");
         assert_eq!(ranges(&[0, 1, 2, 7, 9, 10]), "0..2, 7, 9..10");
-        assert_eq!(split("model.layers.12.mlp.up_proj.weight"), ("model.layers.", Some(12), ".mlp.up_proj.weight"));
-        assert_eq!(split("model.norm.weight"), ("model.norm.weight", None, ""));
+        let of = |name| {
+            let (before, layer, after) = split(name);
+            (before, layer, after.leak() as &str)
+        };
+        assert_eq!(of("model.layers.12.mlp.up_proj.weight"), ("model.layers.", Some(12), ".mlp.up_proj.weight"));
+        assert_eq!(of("h.3.mlp.experts.7.w1.weight"), ("h.", Some(3), ".mlp.experts.*.w1.weight"));
+        assert_eq!(of("model.norm.weight"), ("model.norm.weight", None, ""));
     }
 }

@@ -106,7 +106,7 @@ fn restored(student: Subject, teacher: Subject, batch: &Batch) -> Result<(Vec<f6
         let heads = block.heads(&x, &tables, None, None)?;
         let softmax = block.finish(&x, &teacher.net.mixers[layer].forward(&heads)?, None, None)?.detach();
         let last = above(softmax, layer + 1)?;
-        let sums = measure(&decoder.final_norm(&last)?.flatten(0, 1)?, &decoder.head, &target)?;
+        let sums = measure(&decoder.final_norm(&last)?.flatten(0, 1)?, decoder.head(), &target)?;
         kl.push(sums.kl);
         targets = sums.rows;
         if layer + 1 < mixers.len() {

@@ -453,7 +453,7 @@ mod tests {
                     continue;
                 }
                 for affine in [false, true] {
-                    let op = HybridAttn { heads: 4, kv_heads: 2, window, affine };
+                    let op = HybridAttn { heads: 4, kv_heads: 2, window, affine, softcap: None };
                     let phi = (input("randn", &[2, time, 8, 128], 2).abs()? * 0.01)?;
                     let x = [input(kind, &[2, time, 8, dim], 1), phi, input("randn", &[4], 3)];
                     let what = format!("{kind}, {time}, {window:?}, affine {affine}");
@@ -471,7 +471,7 @@ mod tests {
     fn fused_maps_equal_plain() -> Result<()> {
         use super::super::Window::*;
         for (time, window, dim) in [(1, Terraced(64), 128), (200, Terraced(64), 128), (330, Sliding(64), 80)] {
-            let op = HybridAttn { heads: 4, kv_heads: 2, window, affine: false };
+            let op = HybridAttn { heads: 4, kv_heads: 2, window, affine: false, softcap: None };
             let maps = softmax_maps(&op);
             let weight = (input("randn", &[8, dim, 64], 2) * 0.1)?;
             let x = [input("randn", &[2, time, 8, dim], 1), weight, input("randn", &[4], 3)];
@@ -502,7 +502,7 @@ mod tests {
     #[test]
     fn same_twice() -> Result<()> {
         let gpu = super::super::super::gpu(0)?;
-        let op = HybridAttn { heads: 8, kv_heads: 2, window: Window::Sliding(64), affine: false };
+        let op = HybridAttn { heads: 8, kv_heads: 2, window: Window::Sliding(64), affine: false, softcap: None };
         let on = |x: Tensor| x.to_dtype(DType::BF16)?.to_device(&gpu);
         let (qkv, weight) = (on(input("randn", &[2, 1000, 12, 128], 1))?, on(input("randn", &[16, 128, 64], 2))?);
         let (factors, target) = (on(input("randn", &[8], 3))?, on(input("randn", &[2, 1000, 8, 128], 4))?);

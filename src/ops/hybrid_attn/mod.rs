@@ -1,7 +1,7 @@
 //! Softmax window and linear attention under one denominator (LoLCATs, arXiv 2410.10254).
 //!
 //! ```text
-//! s_ij = q_i·k_j / sqrt(D)                        c_i = max of s_ij over the window of row i
+//! s_ij = q_i·k_j / sqrt(D), or bent by a cap      c_i = max of s_ij over the window of row i
 //! a_ij = σ(f) exp(s_ij - c_i)                     j inside the window of i
 //! a_ij = λ φq_i·φk_j                              j before it; λ = 1, or 1 - σ(f) where `affine`
 //! y_i  = Σ_j a_ij v_j / Σ_j a_ij
@@ -25,7 +25,7 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
 use super::cpu::{elements, with};
 use super::loss::{mse, with_gradient};
-use super::softmax_attn::repeat_kv;
+use super::softmax_attn::{bend, repeat_kv};
 pub(super) use cpu::{Core, Upstream};
 
 /// Which keys lie in the softmax window of a row; all earlier ones belong to the linear part.
@@ -71,6 +71,8 @@ pub struct HybridAttn {
     pub window: Window,
     /// λ = 1 - σ(f) instead of 1.
     pub affine: bool,
+    /// Scores are bent to stay between -cap and cap; the plain form serves this.
+    pub softcap: Option<f32>,
 }
 
 /// Smallest denominator of a row: reached only without a window.
@@ -80,10 +82,10 @@ impl HybridAttn {
     /// Linear-time form with gradients to all three tensors.
     pub fn forward(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let Some(y) = cuda::forward(self, qkv, features, factors)? {
+        if let Some(y) = self.on_gpu(qkv, features, factors)? {
             return Ok(y);
         }
-        if !super::fast(qkv) {
+        if !self.is_fast(qkv) {
             return Ok(self.parallel(qkv, features, factors)?.0);
         }
         let op = Op { shape: *self, qkv_grad: qkv.track_op() };
@@ -93,7 +95,7 @@ impl HybridAttn {
     /// `forward` where it is a kernel; None where it is not.
     #[cfg(feature = "cuda")]
     pub fn on_gpu(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
-        cuda::forward(self, qkv, features, factors)
+        if self.softcap.is_some() { Ok(None) } else { cuda::forward(self, qkv, features, factors) }
     }
 
     /// `weight * mean((y - target)²)`, a scalar f32 with gradients to `features` and `factors`. Where nothing asks for
@@ -108,11 +110,12 @@ impl HybridAttn {
     ) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if !qkv.track_op()
+            && self.softcap.is_none()
             && let Some(loss) = cuda::mse(self, qkv, features, factors, target, weight)?
         {
             return Ok(loss);
         }
-        if super::fast(qkv) && !qkv.track_op() {
+        if self.is_fast(qkv) && !qkv.track_op() {
             return self.chunked_mse(&qkv.contiguous()?, features, factors, &target.contiguous()?, weight);
         }
         mse(&self.forward(qkv, features, factors)?, target, weight)
@@ -149,7 +152,7 @@ impl HybridAttn {
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn with_maps(&self, qkv: &Tensor, weight: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
-        let y = cuda::with_maps(self, qkv, weight, factors);
+        let y = if self.softcap.is_some() { Ok(None) } else { cuda::with_maps(self, qkv, weight, factors) };
         #[cfg(not(feature = "cuda"))]
         let y = Ok(None);
         y
@@ -167,7 +170,7 @@ impl HybridAttn {
         loss_weight: f64,
     ) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
-        let loss = match qkv.track_op() {
+        let loss = match qkv.track_op() || self.softcap.is_some() {
             true => Ok(None),
             false => cuda::mse_with_maps(self, qkv, weight, factors, target, loss_weight),
         };
@@ -190,7 +193,7 @@ impl HybridAttn {
         let window = self.window_mask(time, qkv.dtype(), qkv.device())?; // [T, T], 1 inside
         let causal = Tensor::tril2(time, qkv.dtype(), qkv.device())?;
         let linear = (&causal - &window)?;
-        let scores = (q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?;
+        let scores = self.bend((q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?)?;
         let outside = ((&window - 1.0)? * 1e30)?; // 0 inside, -1e30 outside
         let scores = scores.broadcast_mul(&window)?.broadcast_add(&outside)?;
         let top = scores.max_keepdim(D::Minus1)?.clamp(-1e29, f64::MAX)?; // finite where the window is empty
@@ -203,6 +206,16 @@ impl HybridAttn {
         let weights = (soft + lin)?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?.maximum(MIN_DENOMINATOR)?)?;
         Ok((weights.matmul(&v)?.transpose(1, 2)?.contiguous()?, weights))
+    }
+
+    /// The soft-cap.
+    pub(crate) fn bend(&self, scores: Tensor) -> Result<Tensor> {
+        self.softcap.map_or(Ok(scores.clone()), |cap| bend(&scores, f64::from(cap)))
+    }
+
+    /// Whether the fast CPU form serves this tensor.
+    fn is_fast(&self, qkv: &Tensor) -> bool {
+        super::fast(qkv) && self.softcap.is_none()
     }
 
     /// 1 where key j lies in the window of row i, else 0: [T, T].
@@ -290,7 +303,7 @@ mod tests {
                     [Sliding(0), Sliding(1), Sliding(16), Sliding(64), Sliding(500), Terraced(16), Terraced(96)]
                 {
                     for affine in [false, true] {
-                        let op = HybridAttn { heads: 4, kv_heads: 2, window, affine };
+                        let op = HybridAttn { heads: 4, kv_heads: 2, window, affine, softcap: None };
                         let phi = input("randn", &[2, time, 8, 6], 2).abs().unwrap();
                         let x = [input(kind, &[2, time, 8, 8], 1), phi, input("randn", &[4], 3)];
                         visit(&format!("{kind}, {time}, {window:?}, affine {affine}"), op, x);
@@ -323,7 +336,7 @@ mod tests {
 
     #[test]
     fn fused_loss_reaches_queries_and_keys() {
-        let op = HybridAttn { heads: 4, kv_heads: 2, window: Window::Sliding(4), affine: false };
+        let op = HybridAttn { heads: 4, kv_heads: 2, window: Window::Sliding(4), affine: false, softcap: None };
         let phi = input("randn", &[2, 20, 8, 6], 2).abs().unwrap();
         let x = [input("randn", &[2, 20, 8, 8], 1), phi, input("randn", &[4], 3)];
         let target = input("randn", &[2, 20, 4, 8], 4);

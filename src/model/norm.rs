@@ -1,0 +1,51 @@
+//! A norm of the stream or of heads, as the family defines it; all of them have gradients.
+
+use candle_core::{D, Result as TensorResult, Tensor};
+
+use crate::error::Result;
+use crate::families::{Architecture, NormKind, Part};
+use crate::ops::rms_norm::rms_norm;
+use crate::ops::wide;
+
+/// One norm with its frozen weights.
+pub struct Norm {
+    kind: NormKind,
+    /// `[N]`; 1 is already added where the family does that, in f32.
+    pub(super) weight: Tensor,
+    bias: Option<Tensor>,
+    eps: f64,
+}
+
+impl Norm {
+    /// Reads scale and, where there is one, shift.
+    pub(super) fn load(a: &Architecture, read: impl Fn(Part) -> Result<Tensor>) -> Result<Norm> {
+        let weight = read(Part::Weight)?;
+        let weight = match a.norm {
+            NormKind::RmsShifted => (weight.to_dtype(wide(weight.dtype()))? + 1.0)?,
+            _ => weight,
+        };
+        let bias = if a.norm == NormKind::Layer { Some(read(Part::Bias)?) } else { None };
+        Ok(Norm { kind: a.norm, weight, bias, eps: a.norm_eps })
+    }
+
+    /// `x` [.., N], normalised over the last axis.
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        match (self.kind, &self.bias) {
+            (NormKind::Rms, _) => rms_norm(x, &self.weight, self.eps),
+            (NormKind::RmsShifted, _) => {
+                rms_norm(&x.to_dtype(wide(x.dtype()))?, &self.weight, self.eps)?.to_dtype(x.dtype())
+            }
+            (NormKind::Layer, bias) => {
+                let dtype = wide(x.dtype());
+                let wide = x.to_dtype(dtype)?;
+                let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
+                let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?;
+                let y = centred.broadcast_div(&deviation)?.broadcast_mul(&self.weight.to_dtype(dtype)?)?;
+                match bias {
+                    Some(bias) => y.broadcast_add(&bias.to_dtype(dtype)?)?.to_dtype(x.dtype()),
+                    None => y.to_dtype(x.dtype()),
+                }
+            }
+        }
+    }
+}
