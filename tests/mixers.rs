@@ -262,7 +262,7 @@ fn half_precision() {
 }
 
 /// Every variant on an NVIDIA GPU, kernels included, against the float64 definition on the CPU: outputs, gradients and
-/// decoding in pieces.
+/// decoding in pieces. Gradients in bf16 may be off by twice what the same precision makes on the CPU.
 #[cfg(feature = "cuda")]
 #[test]
 fn on_a_gpu() {
@@ -270,44 +270,46 @@ fn on_a_gpu() {
         eprintln!("skipped: there is no GPU here");
         return;
     };
-    let [small, _] = architectures();
+    let (time, [small, _]) = (100, architectures());
     let a = Architecture { hidden: 128, head_dim: 64, ..small };
+    let off = |got: &Tensor, wanted: &Tensor| {
+        let (got, wanted) = (flat(&got.to_device(&CPU).unwrap()), flat(wanted));
+        let off: f64 = got.iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum();
+        (off / wanted.iter().map(|b| b * b).sum::<f64>().max(1e-12)).sqrt()
+    };
     let mut bad = Vec::new();
-    for def in REGISTRY {
-        for (n, design) in (def.variants)().iter().enumerate() {
-            {
-                let time = 100;
-                let qkv = sequences(&a, time, 1);
-                let oracle = gradients(&a, design.as_ref(), &qkv, false);
-                let (wanted, _) = heads(&a, &qkv, 0, |h| build(design.as_ref(), &a, DType::F64).parallel(h));
-                for (dtype, of_y, of_gradients) in [(DType::F32, 2e-4, 2e-3), (DType::BF16, 2e-2, 1e-1)] {
-                    let what = format!("{} variant {n}, {dtype:?}, {time} tokens", def.name);
-                    let mut check = |part: &str, got: &Tensor, wanted: &Tensor, most: f64| {
-                        let (got, wanted) = (flat(&got.to_device(&CPU).unwrap()), flat(wanted));
-                        let off: f64 = got.iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum();
-                        let error = (off / wanted.iter().map(|b| b * b).sum::<f64>().max(1e-12)).sqrt();
-                        if error.is_nan() || error > most {
-                            bad.push(format!("{what}: {part} is off by {error:e}"));
-                        }
-                    };
-                    let params: Vec<Param> = params(design.as_ref(), &a, DType::F32)
-                        .into_iter()
-                        .map(|p| Param { var: Var::from_tensor(&p.var.to_device(&gpu).unwrap()).unwrap(), ..p })
-                        .collect();
-                    let mixer = design.build(&a, 0, params);
-                    let x = Var::from_tensor(&qkv.to_dtype(dtype).unwrap().to_device(&gpu).unwrap()).unwrap();
-                    let y = heads(&a, x.as_tensor(), 0, |h| mixer.forward(h));
-                    check("forward", &y, &wanted, of_y);
-                    check("extend", &extend(&a, mixer.as_ref(), x.as_tensor(), &[57, 1]).0, &wanted, of_y);
-                    let r = randn(y.dims(), 77).to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
-                    let store = (y * r).unwrap().sum_all().unwrap().backward().unwrap();
-                    let vars = std::iter::once(&x).chain(mixer.params().iter().map(|p| &p.var));
-                    for (var, (name, wanted)) in vars.zip(&oracle) {
-                        // Gradients of scalars are sums that nearly cancel: rounding of the terms is what they show.
-                        let most = if var.elem_count() < 64 && dtype == DType::BF16 { 0.3 } else { of_gradients };
-                        check(&format!("gradient of `{name}`"), store.get(var).expect("a gradient"), wanted, most);
-                    }
+    for (def, n, design) in
+        REGISTRY.iter().flat_map(|d| (d.variants)().into_iter().enumerate().map(move |v| (d, v.0, v.1)))
+    {
+        let qkv = sequences(&a, time, 1);
+        let oracle = gradients(&a, design.as_ref(), &qkv, false);
+        let half = gradients(&a, design.as_ref(), &qkv.to_dtype(DType::BF16).unwrap(), true);
+        let (wanted, _) = heads(&a, &qkv, 0, |h| build(design.as_ref(), &a, DType::F64).parallel(h));
+        for (dtype, of_y, of_gradients) in [(DType::F32, 2e-4, 2e-3), (DType::BF16, 2e-2, 5e-2)] {
+            let params = params(design.as_ref(), &a, DType::F32).into_iter().map(|p| {
+                let var = Var::from_tensor(&p.var.to_device(&gpu).unwrap()).unwrap();
+                Param { var, ..p }
+            });
+            let mixer = design.build(&a, 0, params.collect());
+            let x = Var::from_tensor(&qkv.to_dtype(dtype).unwrap().to_device(&gpu).unwrap()).unwrap();
+            let mut check = |part: &str, error: f64, most: f64| {
+                if error.is_nan() || error > most {
+                    bad.push(format!(
+                        "{} variant {n}, {dtype:?}: {part} is off by {error:.1e}, not {most:.1e}",
+                        def.name
+                    ));
                 }
+            };
+            let y = heads(&a, x.as_tensor(), 0, |h| mixer.forward(h));
+            check("forward", off(&y, &wanted), of_y);
+            check("extend", off(&extend(&a, mixer.as_ref(), x.as_tensor(), &[57, 1]).0, &wanted), of_y);
+            let r = randn(y.dims(), 77).to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
+            let store = (y * r).unwrap().sum_all().unwrap().backward().unwrap();
+            let vars = std::iter::once(&x).chain(mixer.params().iter().map(|p| &p.var));
+            for (var, ((name, wanted), (_, half))) in vars.zip(oracle.iter().zip(&half)) {
+                let room = if dtype == DType::BF16 { 2.0 * off(half, wanted) } else { 0.0 };
+                let error = off(store.get(var).expect("a gradient"), wanted);
+                check(&format!("gradient of `{name}`"), error, room.max(of_gradients));
             }
         }
     }

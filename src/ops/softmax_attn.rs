@@ -470,12 +470,15 @@ mod tests {
     }
 
     /// The kernels against the plain form in f64: at most twice the error of the plain form in bf16, for the result and every
-    /// gradient, and the same bits twice. Does nothing without a GPU.
+    /// gradient, and the same bits twice.
     #[cfg(feature = "cuda")]
     #[test]
     fn kernels_equal_plain() {
         use candle_core::{DType, Var};
-        let Ok(gpu) = super::super::gpu(0) else { return };
+        let Ok(gpu) = super::super::gpu(0) else {
+            eprintln!("skipped: there is no GPU here");
+            return;
+        };
         let cast = |x: &Tensor, dtype| x.to_dtype(dtype).unwrap();
         let norm =
             |x: &Tensor| cast(x, DType::F64).sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();

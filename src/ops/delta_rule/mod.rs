@@ -513,7 +513,10 @@ mod tests {
     #[test]
     fn kernels_are_close_to_plain() {
         use candle_core::{Device, Var};
-        let Ok(device) = super::super::gpu(0) else { return };
+        let Ok(device) = super::super::gpu(0) else {
+            eprintln!("skipped: there is no GPU here");
+            return;
+        };
         let run = |rule: &DeltaRule, gate: Kind, x: &[Tensor], device: &Device, half: DType, full: DType| {
             let small = |i: usize| i != 0 && !(i == 3 && gate == Kind::Key);
             let to = |(i, x): (usize, &Tensor)| x.to_dtype(if small(i) { full } else { half })?.to_device(device);
@@ -554,8 +557,13 @@ mod tests {
                         let bound = if matches!(i, 3 | 5) { 2e-2 } else { 1e-2 };
                         // One token gives two numbers, which may be small by chance.
                         let bound = if time == 1 && matches!(i, 3 | 5) { 0.1 } else { bound };
-                        // Nearly equal keys cancel all but a trace of β's gradient: the plain form is off by 0.2 there.
-                        let bound = if kind == "ones" && i == 3 { 0.1 } else { bound };
+                        // Nearly equal keys cancel all but a trace of β's gradient, and most of the others': the plain
+                        // form is off by 0.2 there.
+                        let bound = match (kind, i) {
+                            ("ones", 3) => 0.1,
+                            ("ones", _) => 2e-2,
+                            _ => bound,
+                        };
                         assert!(error < bound, "{what}: {error:e}");
                         assert!(
                             norm(&(on_cpu(a) - on_cpu(&again[i])).unwrap()) == 0.0,
