@@ -112,6 +112,28 @@ fn parquet_file(path: &Path, columns: &[(&str, &[Option<&str>])]) {
 
 // Formats.
 
+/// A text of its own to measure on: none of it trains, and all of the other does.
+#[test]
+fn held_out_text_replaces_the_split() {
+    let folder = Folder::new();
+    let (train, valid) = (folder.file("train.txt", "a".repeat(100)), folder.file("valid.txt", "b".repeat(30)));
+    let settings = recipe::Data { held_out: vec![valid.clone()], eos: Join::Never, ..recipe::Data::default() };
+    let corpus = folder.prepare(&train, &settings, 9).unwrap();
+    let ids = |split: Split| -> Vec<u32> {
+        let rows: Vec<usize> = (0..split.len()).collect();
+        split.batch(&rows, &Device::Cpu).unwrap().targets.flatten_all().unwrap().to_vec1().unwrap()
+    };
+    assert_eq!((corpus.train(9).unwrap().len(), corpus.valid(9).unwrap().len()), (10, 3));
+    assert!(ids(corpus.train(9).unwrap()).iter().all(|id| *id == u32::from(b'a')));
+    assert!(ids(corpus.valid(9).unwrap()).iter().all(|id| *id == u32::from(b'b')));
+    let other = folder.file("other.txt", "c".repeat(30));
+    let moved = recipe::Data { held_out: vec![other], ..settings.clone() };
+    assert_ne!(folder.prepare(&train, &moved, 9).unwrap().digest(), corpus.digest());
+    let short = recipe::Data { held_out: vec![folder.file("short.txt", "bbb")], ..settings };
+    let error = folder.prepare(&train, &short, 9).err().unwrap().to_string();
+    assert!(error.contains("short.txt"), "{error}");
+}
+
 #[test]
 fn every_format_gives_its_documents() {
     let dir = Folder::new();

@@ -64,8 +64,10 @@ impl<'a> Texts<'a> {
     /// What the manifest says of the texts; names no folder of this machine.
     pub fn describe(&self, validation_tokens: usize) -> Value {
         let one = |data: &Data, corpus: &Corpus| {
+            let names = |sources: &[String]| sources.iter().map(|s| base_name(s)).collect::<Vec<_>>();
             json!({
-                "sources": data.sources.iter().map(|s| base_name(s)).collect::<Vec<_>>(),
+                "sources": names(&data.sources),
+                "held_out": names(&data.held_out),
                 "documents": corpus.documents(),
                 "tokens": corpus.tokens(),
                 "digest": corpus.digest(),

@@ -37,6 +37,8 @@ use cache::{Counts, Tokens};
 /// The packed rows of a set of sources, split into training and validation.
 pub struct Corpus {
     tokens: Arc<Tokens>,
+    /// What the validation rows are of: the same tokens, or those of a text of their own.
+    held_out: Arc<Tokens>,
     row_len: usize,
     /// First token of each row.
     train: Vec<usize>,
@@ -46,10 +48,11 @@ pub struct Corpus {
 
 impl Corpus {
     /// Tokenises `sources` (or finds them in `cache_dir`), cuts the tokens into rows of `row_len + 1` without overlap
-    /// and holds back a share of `settings.validation` of the rows, at least one and never all.
+    /// and holds back a share of `settings.validation` of the rows, at least one and never all. Where `settings.held_out`
+    /// names a text, its rows are for validation and all rows of `sources` for training.
     ///
     /// The remainder after the last whole row is dropped, and so are rows whose targets are all masked. The split
-    /// depends on `settings.seed`, or `seed` where that is not set. Fails, with the counts, where there are not two rows.
+    /// depends on `settings.seed`, or `seed` where that is not set. Fails, with the counts, where either side has no row.
     pub fn prepare(
         sources: &[String],
         settings: &recipe::Data,
@@ -59,45 +62,68 @@ impl Corpus {
         cache_dir: &Path,
         progress: &dyn Progress,
     ) -> Result<Self> {
-        let files = sources::resolve(sources, progress)?;
-        let tokens = Tokens::open(&files, settings, tokenizer, cache_dir, progress)?;
-        let rows = starts(&tokens, row_len)?;
-        if rows.len() < 2 {
-            return Err(too_little(sources, &tokens.counts, 2 * (row_len + 1), "one training and one validation row"));
-        }
+        let open = |sources: &[String]| -> Result<(Arc<Tokens>, Vec<usize>)> {
+            let files = sources::resolve(sources, progress)?;
+            let tokens = Tokens::open(&files, settings, tokenizer, cache_dir, progress)?;
+            let rows = starts(&tokens, row_len)?;
+            Ok((Arc::new(tokens), rows))
+        };
         let seed = settings.seed.unwrap_or(seed);
-        let held_back = ((rows.len() as f64 * settings.validation).round() as usize).clamp(1, rows.len() - 1);
-        let mut rows: Vec<usize> = permutation(rows.len(), seed, 0).into_iter().map(|i| rows[i as usize]).collect();
-        let mut train = rows.split_off(held_back);
-        train.sort_unstable();
-        let identity = format!("{} {row_len} {seed} {held_back}", tokens.key);
+        let shuffled = |rows: &[usize]| -> Vec<usize> {
+            permutation(rows.len(), seed, 0).into_iter().map(|i| rows[i as usize]).collect()
+        };
+        let (tokens, rows) = open(sources)?;
+        let (held_out, valid, train, identity) = if settings.held_out.is_empty() {
+            if rows.len() < 2 {
+                return Err(too_little(
+                    sources,
+                    &tokens.counts,
+                    2 * (row_len + 1),
+                    "one training and one validation row",
+                ));
+            }
+            let held_back = ((rows.len() as f64 * settings.validation).round() as usize).clamp(1, rows.len() - 1);
+            let mut valid = shuffled(&rows);
+            let mut train = valid.split_off(held_back);
+            train.sort_unstable();
+            (tokens.clone(), valid, train, format!("{} {row_len} {seed} {held_back}", tokens.key))
+        } else {
+            let (held_out, held_rows) = open(&settings.held_out)?;
+            for (sources, tokens, rows) in [(sources, &tokens, &rows), (&settings.held_out, &held_out, &held_rows)] {
+                if rows.is_empty() {
+                    return Err(too_little(sources, &tokens.counts, row_len + 1, "one row"));
+                }
+            }
+            let identity = format!("{} {row_len} {seed} {}", tokens.key, held_out.key);
+            (held_out, shuffled(&held_rows), rows, identity)
+        };
         let digest = hex(&Sha256::digest(identity));
-        Ok(Corpus { tokens: Arc::new(tokens), row_len, train, valid: rows, digest })
+        Ok(Corpus { tokens, held_out, row_len, train, valid, digest })
     }
 
     /// The training rows in sequences of `seq_len` targets; a row gives `row_len / seq_len` of them.
     pub fn train(&self, seq_len: usize) -> Result<Split> {
-        self.split(&self.train, seq_len)
+        self.split(&self.tokens, &self.train, seq_len)
     }
 
     /// The validation rows in sequences of `seq_len` targets, in shuffled order: the first few are a fair sample.
     pub fn valid(&self, seq_len: usize) -> Result<Split> {
-        self.split(&self.valid, seq_len)
+        self.split(&self.held_out, &self.valid, seq_len)
     }
 
-    /// Tokens of all sources, those between documents included.
+    /// Tokens of all training sources, those between documents included.
     pub fn tokens(&self) -> u64 {
         self.tokens.counts.tokens
     }
 
-    /// Documents of all sources.
+    /// Documents of all training sources.
     pub fn documents(&self) -> u64 {
         self.tokens.counts.documents
     }
 
-    /// Bytes of text a token stands for, on average.
+    /// Bytes of text a token stands for, on average over what the validation rows are of.
     pub fn bytes_per_token(&self) -> f64 {
-        self.tokens.counts.bytes as f64 / self.tokens.counts.tokens.max(1) as f64
+        self.held_out.counts.bytes as f64 / self.held_out.counts.tokens.max(1) as f64
     }
 
     /// Identifies rows and split: the same digest means the same sequences.
@@ -105,13 +131,13 @@ impl Corpus {
         &self.digest
     }
 
-    fn split(&self, rows: &[usize], seq_len: usize) -> Result<Split> {
+    fn split(&self, tokens: &Arc<Tokens>, rows: &[usize], seq_len: usize) -> Result<Split> {
         if seq_len == 0 || seq_len > self.row_len {
             let message = format!("`seq_len` is {seq_len}, but the rows hold 1 to {} tokens", self.row_len);
             return Err(Error::new(Kind::Data, message));
         }
         let pieces = |row: usize| (0..self.row_len / seq_len).map(move |k| row + k * seq_len);
-        Ok(Split::new(self.tokens.clone(), rows.iter().copied().flat_map(pieces).collect(), seq_len))
+        Ok(Split::new(tokens.clone(), rows.iter().copied().flat_map(pieces).collect(), seq_len))
     }
 }
 

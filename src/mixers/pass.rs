@@ -203,8 +203,7 @@ impl Pass<'_> {
     /// y of [`Pass::window`] alone: of a whole sequence it is the op that softmax layers use.
     pub fn beside(&mut self, x: &Heads, size: usize, v: &Tensor) -> Result<Tensor> {
         if let Pass::Whole = self {
-            let attn = SoftmaxAttn { heads: x.heads, kv_heads: x.kv_heads, window: Some(size), softcap: None };
-            return attn.forward(x.rotated()?);
+            return window_of(x, size).forward(x.rotated()?);
         }
         Ok(self.window(x, size, v)?.y)
     }
@@ -216,8 +215,7 @@ impl Pass<'_> {
         let (h, g) = (x.heads, x.kv_heads);
         let time = qkv.dim(1)?;
         let k = qkv.narrow(2, h, g)?;
-        let softcap = x.softcap.map(|cap| cap as f32);
-        let attn = SoftmaxAttn { heads: h, kv_heads: g, window: Some(size), softcap };
+        let attn = window_of(x, size);
         let seen = self.seen();
         let waiting = size.saturating_sub(seen).min(time);
         let rows = |value: fn(_, _, _) -> Result<Tensor>, n| value((1, n, 1, 1), qkv.dtype(), qkv.device());
@@ -267,6 +265,12 @@ impl Pass<'_> {
         };
         Ok(Window { y, top, mass, left, has_left })
     }
+}
+
+/// Softmax attention over the last `size` keys of these heads.
+fn window_of(x: &Heads, size: usize) -> SoftmaxAttn {
+    let softcap = x.softcap.map(|cap| cap as f32);
+    SoftmaxAttn { heads: x.heads, kv_heads: x.kv_heads, window: Some(size), softcap }
 }
 
 /// Softmax of `q` [B, n, H, D] over `k` [B, past + n, Hkv, D] and `v` [B, past + n, H, V], at most `size` keys a row: y, the

@@ -105,7 +105,9 @@ pub struct Data {
     pub format: Format,
     /// In Alpaca rows, train on the answer only.
     pub mask_prompt: bool,
-    /// Share of the packed rows held back for validation.
+    /// Text to measure on, read like `sources`, which then train as a whole; without it a share of them is held back.
+    pub held_out: Vec<String>,
+    /// Share of the packed rows held back for validation, where `held_out` names no text.
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub validation: f64,
     /// At most this many validation tokens are used at each evaluation.
@@ -182,6 +184,7 @@ impl Default for Data {
     fn default() -> Self {
         Data {
             sources: Vec::new(),
+            held_out: Vec::new(),
             field: "text".into(),
             format: Format::Auto,
             mask_prompt: true,
