@@ -31,8 +31,8 @@
 //! | whole model, its gradients | 3 N + the larger of 5 I and Q + P + 6 E |
 //! | verify, a layer of one sequence | as layer-wise |
 //!
-//! Blocks whose graphs fit into six tenths of the weights' memory (at least 1 GiB, 8 GiB on a GPU) are not computed again.
-//! A smaller micro-batch would keep more of them, but loses more in the products than it saves.
+//! Blocks whose graphs fit into 1 GiB, 4 GiB on a GPU, are not computed again. A smaller micro-batch would keep more of
+//! them, but loses more in the products than it saves.
 //!
 //! Verification holds three models: the student, the export and the teacher.
 //!
@@ -273,11 +273,10 @@ impl<'a> Costs<'a> {
         let squares = if plain { self.plain_squares(16) } else { 0 };
         let graphs = |micro: usize| self.activations(micro, s.seq_len, graph) + self.squares(micro, s.seq_len, squares);
 
-        let least = match self.device {
+        let room: u64 = match self.device {
             PlanDevice::Cpu => 1 << 30,
-            PlanDevice::Cuda => 8 << 30,
+            PlanDevice::Cuda => 4 << 30,
         };
-        let room = (self.weights() * 3 / 5).max(least);
         let micro = micro_batch(s.batch, s.micro_batch, s.seq_len, self.device);
         let kept = (room / graphs(micro).max(1)).min(layers);
 
