@@ -20,6 +20,12 @@ pub struct Param {
     pub scalar: bool,
 }
 
+/// The parameter of a layer's `params` that the layer calls `name`.
+pub fn named(params: &[Param], name: &str) -> Option<Param> {
+    let fits = |p: &&Param| p.name.strip_suffix(name).is_some_and(|head| head.is_empty() || head.ends_with('.'));
+    params.iter().find(fits).cloned()
+}
+
 /// How a new tensor starts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Init {

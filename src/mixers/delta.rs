@@ -20,7 +20,7 @@ use super::pass::{Pass, repeat};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 use crate::ops::delta_rule::{Decay, DeltaRule};
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef = MixerDef {
     name: "delta",
@@ -109,7 +109,7 @@ impl Design for Config {
     }
 
     fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
-        let find = |name: &str| params.iter().find(|p| p.name.ends_with(name)).cloned();
+        let find = |name: &str| named(&params, name);
         let linear = Delta {
             config: self.clone(),
             beta: BETA.into_iter().filter_map(find).collect(),

@@ -21,7 +21,7 @@ use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::softmax_attn::softmax;
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef = MixerDef {
     name: "hgrn2",
@@ -98,7 +98,7 @@ impl Design for Config {
     }
 
     fn build(&self, a: &Architecture, _: usize, params: Vec<Param>) -> Box<dyn Mixer> {
-        let lower = params.iter().find(|p| p.name.ends_with(LOWER)).cloned();
+        let lower = named(&params, LOWER);
         let linear = Hgrn2 { query_map: self.query_map, lower, finish: self.output.build(a, &params) };
         Box::new(Layer { linear, beside: self.window.build(&params), params })
     }

@@ -21,7 +21,7 @@ use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef = MixerDef {
     name: "lizard-paper",
@@ -132,7 +132,7 @@ impl Design for Config {
 
     fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let form = self.form(a);
-        let find = |name: &str| params.iter().find(|p| p.name.ends_with(name)).cloned();
+        let find = |name: &str| named(&params, name);
         let linear = LizardPaper {
             size: self.window,
             rotary: self.rotary,

@@ -18,7 +18,7 @@ use super::{Design, Heads, Mixer, MixerDef, PIECE, Spec, State, Weights};
 use crate::families::Architecture;
 use crate::ops::hybrid_attn::{HybridAttn, MIN_DENOMINATOR, Window, sigmoid};
 use crate::ops::softmax_attn::repeat_kv;
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 /// Keys folded at once behind a prompt.
 #[cfg(feature = "cuda")]
@@ -167,7 +167,7 @@ struct Lolcats {
 impl Lolcats {
     /// Window factors before the sigmoid, [H], in their own precision.
     fn factors(&self, like: &Tensor) -> Result<Tensor> {
-        match self.params.iter().find(|p| p.name.ends_with("window_factors")) {
+        match named(&self.params, "window_factors") {
             Some(f) => f.var.flatten_all(),
             None => Tensor::zeros(self.attn.heads, like.dtype(), like.device()),
         }

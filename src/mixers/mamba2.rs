@@ -21,7 +21,7 @@ use super::pass::{Pass, repeat, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef =
     MixerDef { name: "mamba2", about: "Mamba-2 started from attention: values, keys, queries as x, B, C", variants };
@@ -127,7 +127,7 @@ impl Design for Config {
     }
 
     fn build(&self, a: &Architecture, _: usize, params: Vec<Param>) -> Box<dyn Mixer> {
-        let find = |name: &str| params.iter().find(|p| p.name.ends_with(&format!(".{name}"))).cloned();
+        let find = |name: &str| named(&params, name);
         let linear = Mamba2 {
             config: self.clone(),
             step: find(DT[0]).zip(find(DT[1])),

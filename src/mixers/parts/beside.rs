@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::families::Architecture;
 use crate::mixers::Spec;
 use crate::mixers::linear::{cast, project};
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 const WEIGHTS: [&str; 2] = ["mix_window", "mix_linear"];
 const GATE: &str = "mix_gate.weight";
@@ -61,7 +61,7 @@ impl Beside {
 
     /// The part with its tensors, which are the last of `params`.
     pub fn build(&self, params: &[Param]) -> Option<Mix> {
-        let find = |name: &str| params.iter().find(|p| p.name.ends_with(name)).cloned();
+        let find = |name: &str| named(params, name);
         let learned = find(WEIGHTS[0]).zip(find(WEIGHTS[1]));
         let weights = [self.weight, self.linear_weight];
         (self.size > 0).then_some(Mix { size: self.size, weights, learned, gate: find(GATE) })

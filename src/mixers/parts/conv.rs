@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use crate::mixers::Spec;
 use crate::mixers::linear::cast;
 use crate::mixers::pass::Pass;
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 /// A convolution with its filters.
 pub struct ShortConv {
@@ -26,7 +26,7 @@ impl ShortConv {
 
     /// The convolution of the parameter that ends in `name`; `None` where there is none.
     pub fn build(name: &'static str, params: &[Param]) -> Option<ShortConv> {
-        params.iter().find(|p| p.name.ends_with(name)).map(|p| ShortConv { weight: p.clone(), rows: name })
+        named(params, name).map(|weight| ShortConv { weight, rows: name })
     }
 
     /// Of `x` [B, T, heads, D].

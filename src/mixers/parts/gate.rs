@@ -8,7 +8,7 @@ use crate::families::Architecture;
 use crate::mixers::linear::{cast, log_sigmoid, project, softplus};
 use crate::mixers::pass::{repeat, wide_of};
 use crate::mixers::{Heads, Spec};
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 /// Where the decay comes from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -107,7 +107,7 @@ impl Gate {
             GateKind::LowRank => &LOW_RANK,
             _ => &[],
         };
-        let find = |name: &&str| params.iter().find(|p| p.name.ends_with(*name)).cloned();
+        let find = |name: &&str| named(params, name);
         let h = a.heads as f64;
         let by_head = |f: &dyn Fn(f64) -> f64| (0..a.heads).map(|i| f(i as f64)).collect();
         let fixed = match self.kind {

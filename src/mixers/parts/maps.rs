@@ -9,7 +9,7 @@ use crate::mixers::Spec;
 use crate::mixers::pass::wide_of;
 use crate::ops::feature_map;
 use crate::ops::softmax_attn::softmax;
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 /// Feature maps by the names of section 2 of the method papers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -175,16 +175,13 @@ pub struct Maps {
 }
 
 impl Maps {
-    fn param(&self, suffix: &str) -> Option<&Tensor> {
-        self.params.iter().find(|p| p.name.ends_with(suffix)).map(|p| p.var.as_tensor())
-    }
-
     /// One tensor for the query and key maps: [2 H, ..].
     pub fn both(&self, part: &str) -> Result<Option<Tensor>> {
-        let Some(q) = self.param(&format!("feature_map_q.mlp.{part}")) else { return Ok(None) };
-        let k = self.param(&format!("feature_map_k.mlp.{part}")).unwrap_or(q);
+        let of = |which| named(&self.params, &format!("feature_map_{which}.mlp.{part}")).map(|p| p.var);
+        let Some(q) = of("q") else { return Ok(None) };
+        let k = of("k").unwrap_or_else(|| q.clone());
         let flat = |x: &Tensor| if part == "bias" { x.reshape((self.heads, ())) } else { Ok(x.clone()) };
-        Tensor::cat(&[flat(q)?, flat(k)?], 0).map(Some)
+        Tensor::cat(&[flat(&q)?, flat(&k)?], 0).map(Some)
     }
 
     /// Weights of the maps of queries and keys, [2 H, D, C]; `None` for maps without weights.

@@ -8,7 +8,7 @@ use crate::families::Architecture;
 use crate::mixers::linear::{cast, project, sigmoid};
 use crate::mixers::pass::wide_of;
 use crate::mixers::{Heads, Spec};
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 /// Norm and gate of the output.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -61,7 +61,7 @@ impl Output {
     }
 
     pub fn build(&self, a: &Architecture, params: &[Param]) -> Finish {
-        let find = |name: &str| params.iter().find(|p| p.name.ends_with(name)).cloned();
+        let find = |name: &str| named(params, name);
         Finish { kind: self.gate, norm: find(NORM), gate: find(GATE[0]).zip(find(GATE[1])), eps: a.norm_eps }
     }
 

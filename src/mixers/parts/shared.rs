@@ -16,7 +16,7 @@ use crate::mixers::linear::{cast, log_sigmoid};
 use crate::mixers::pass::{Pass, wide_of};
 use crate::mixers::{Heads, Spec};
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
-use crate::params::{Init, Param};
+use crate::params::{Init, Param, named};
 
 /// The window of a shared denominator, with its tensors.
 pub struct Shared {
@@ -57,7 +57,7 @@ impl Shared {
     }
 
     pub fn build(size: usize, affine: bool, sink_name: &str, params: &[Param]) -> Shared {
-        let find = |name: &str| params.iter().find(|p| p.name.ends_with(name)).cloned();
+        let find = |name: &str| named(params, name);
         Shared { size, affine, factors: find(FACTORS), sinks: find(sink_name) }
     }
 
