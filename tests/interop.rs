@@ -4,6 +4,8 @@
 //! `MARGAY_PYTHON` names a Python with `torch` and `transformers`, else it is `python3`; without them these
 //! tests are skipped by name.
 
+#[path = "common/parity.rs"]
+mod parity;
 #[path = "common/random.rs"]
 mod random;
 #[path = "common/tiny_model.rs"]
@@ -237,16 +239,49 @@ fn transformers_gives_the_same() {
     assert_eq!(found.len(), folders.len());
     for case in found {
         eprintln!("{case}");
-        for (what, most) in [("logits", 1e-4), ("pieces", 1e-4), ("padded", 1e-4), ("saved", 1e-5)] {
-            let difference = case[what].as_f64().unwrap_or(f64::NAN);
-            // Written so that a NaN fails.
-            assert!(difference <= most, "{what} {difference:e}: {case}");
-        }
+        assert_same(&case, &[("logits", 1e-4), ("pieces", 1e-4), ("padded", 1e-4), ("saved", 1e-5)]);
         // bfloat16 keeps 8 bits.
         assert!(case["low"].as_f64().is_some_and(|d| d < 0.1), "{case}");
-        for what in ["text", "padded_text", "beams", "last", "gradients", "wide"] {
-            assert_eq!(case[what], true, "{what}: {case}");
+    }
+}
+
+/// What transformers says of a folder: differences within bounds, and everything that is yes or no.
+fn assert_same(case: &Value, bounds: &[(&str, f64)]) {
+    for (what, most) in bounds {
+        let difference = case[*what].as_f64().unwrap_or(f64::NAN);
+        // Written so that a NaN fails.
+        assert!(difference <= *most, "{what} {difference:e}: {case}");
+    }
+    for what in ["text", "padded_text", "beams", "last", "gradients", "wide"] {
+        assert_eq!(case[what], true, "{what}: {case}");
+    }
+}
+
+/// Every family, its rotations, windows, scales, biases and experts around mixers that see them in different places.
+#[test]
+fn transformers_gives_the_same_of_every_family() {
+    let Some(python) = python("torch, transformers") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (mut folders, mut grows) = (Vec::new(), Vec::new());
+    for (family, path) in parity::cases() {
+        let config = parity::case(&path)["config"].clone();
+        let base = tiny_model::folder(&config, &parity::weights(&config));
+        for (name, keep) in [("lolcats", &[][..]), ("lizard", &[1]), ("gla", &[0, 3])] {
+            let out = dir.path().join(format!("{family}-{name}"));
+            let case = Case::new(base.path(), &mixer(&format!("llama/{name}"), &[]), keep);
+            case.write(&out, &[]);
+            grows.push(case.model.architecture().ropes.iter().any(|rope| rope.grows()));
+            folders.push(out);
         }
+    }
+    let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
+    let found = run(&python, "transformers_check.py", &folders, dir.path());
+    assert_eq!(found.len(), folders.len());
+    for (case, grows) in found.iter().zip(grows) {
+        eprintln!("{case}");
+        // Where frequencies depend on the length, a text in pieces or beside a longer one has others.
+        let bounds = [("logits", 1e-4), ("saved", 1e-5), ("pieces", 1e-4), ("padded", 1e-4)];
+        assert_same(case, &bounds[..if grows { 2 } else { 4 }]);
     }
 }
 

@@ -150,6 +150,11 @@ impl Names {
         self.projections[p as usize]
     }
 
+    /// The module of a block's attention.
+    pub fn attention(&self) -> &'static str {
+        self.module(Projection::O).split_once('.').map_or("", |(attention, _)| attention)
+    }
+
     /// The projections that share the tensor of `p`, in the order of their rows.
     pub fn beside(&self, p: Projection) -> impl Iterator<Item = Projection> {
         let module = self.module(p);

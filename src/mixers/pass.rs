@@ -203,7 +203,8 @@ impl Pass<'_> {
     /// y of [`Pass::window`] alone: of a whole sequence it is the op that softmax layers use.
     pub fn beside(&mut self, x: &Heads, size: usize, v: &Tensor) -> Result<Tensor> {
         if let Pass::Whole = self {
-            let attn = SoftmaxAttn { heads: x.heads, kv_heads: x.kv_heads, window: Some(size), softcap: None };
+            let softcap = x.softcap.map(|cap| cap as f32);
+            let attn = SoftmaxAttn { heads: x.heads, kv_heads: x.kv_heads, window: Some(size), softcap };
             return attn.forward(x.rotated()?);
         }
         Ok(self.window(x, size, v)?.y)
