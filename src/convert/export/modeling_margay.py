@@ -714,10 +714,12 @@ class MargayForCausalLM(PreTrainedModel, GenerationMixin):
     def of(config):
         linearization = config.linearization
         names = tuple(sorted(linearization["tensors"]))
-        # The family's experts are stored one by one and computed from one tensor.
-        stored = get_checkpoint_conversion_mapping(linearization["base_model_type"])
-        register_checkpoint_conversion_mapping(MargayConfig.model_type, stored or [], overwrite=True)
-        return of_family(type(config), linearization["base_architectures"][0], names)
+        architecture = linearization["base_architectures"][0]
+        # Where the family's tensors have other names in files, or lie there apart, as experts do.
+        known = map(get_checkpoint_conversion_mapping, (architecture, linearization["base_model_type"]))
+        stored = next((found for found in known if found is not None), [])
+        register_checkpoint_conversion_mapping(MargayConfig.model_type, stored, overwrite=True)
+        return of_family(type(config), architecture, names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
