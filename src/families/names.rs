@@ -161,9 +161,14 @@ impl Names {
         Projection::ALL.into_iter().filter(move |other| self.module(*other) == module)
     }
 
+    /// The projection that stands for the tensor of `p`.
+    pub fn leader(&self, p: Projection) -> Projection {
+        self.beside(p).next().unwrap_or(p)
+    }
+
     /// Whether `p` stands for the tensor it is in.
     pub fn leads(&self, p: Projection) -> bool {
-        !self.module(p).is_empty() && self.beside(p).next() == Some(p)
+        !self.module(p).is_empty() && self.leader(p) == p
     }
 
     /// The checkpoint name of a role.

@@ -98,6 +98,9 @@ fn official(model: &Model, linearization: &Linearization) -> Result<Value> {
         return refuse("place for weights that were trained in full".into());
     }
     let a = model.architecture();
+    if !matches!(a.family, "llama" | "mistral") {
+        return refuse(format!("`{}` models: it has Llama and Mistral", a.family));
+    }
     let columns = config.feature_map.cols(config.feature_dim, a.head_dim, a.head_dim.min(64));
     let attention_type = match (config.window, config.window_kind) {
         (0, _) => "lolcats_llama",

@@ -737,7 +737,10 @@ class MargayForCausalLM(PreTrainedModel, GenerationMixin):
         of the folder. Its LoRA, where it has one, is added by `peft.PeftModel.from_pretrained(model, folder)`."""
         config = MargayConfig.from_pretrained(folder)
         model = cls.of(config).from_pretrained(base or config.linearization["teacher"], config=config, **kwargs)
-        unknown = model.load_state_dict(load_file(f"{folder}/mixers.safetensors"), strict=False).unexpected_keys
+        own, tensors = model.state_dict(), load_file(f"{folder}/mixers.safetensors")
+        # Checkpoints may leave out what the class puts before its names.
+        tensors = {n if n in own else f"{model.base_model_prefix}.{n}": x for n, x in tensors.items()}
+        unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"`{folder}` has tensors that the model lacks: {unknown}")
         return model
