@@ -77,7 +77,7 @@ fn compare(design: &dyn Design, rotate: bool, x: &Tensor, set: &[(&str, Tensor)]
             let start = spec.init.tensor(&spec.shape, 1, 0).unwrap();
             let value = set.iter().find(|(name, _)| *name == spec.name).map_or(start, |(_, value)| value.clone());
             let value = value.to_dtype(dtype).unwrap().reshape(spec.shape.as_slice()).unwrap();
-            Param { name: tensor_name(0, spec.name), var: Var::from_tensor(&value).unwrap(), scalar: spec.scalar }
+            Param { name: tensor_name(&a, 0, spec.name), var: Var::from_tensor(&value).unwrap(), scalar: spec.scalar }
         });
         let mixer = design.build(&a, 0, params.collect());
         let table = |f: fn(f64) -> f64| {

@@ -4,6 +4,8 @@
 //! `MARGAY_PYTHON` names a Python with `torch` and `transformers`, else it is `python3`; without them these
 //! tests are skipped by name.
 
+#[path = "common/parity.rs"]
+mod parity;
 #[path = "common/random.rs"]
 mod random;
 #[path = "common/tiny_model.rs"]
@@ -237,33 +239,88 @@ fn transformers_gives_the_same() {
     assert_eq!(found.len(), folders.len());
     for case in found {
         eprintln!("{case}");
-        for (what, most) in [("logits", 1e-4), ("pieces", 1e-4), ("padded", 1e-4), ("saved", 1e-5)] {
-            let difference = case[what].as_f64().unwrap_or(f64::NAN);
-            // Written so that a NaN fails.
-            assert!(difference <= most, "{what} {difference:e}: {case}");
-        }
+        assert_same(&case, &[("logits", 1e-4), ("pieces", 1e-4), ("padded", 1e-4), ("saved", 1e-5)]);
         // bfloat16 keeps 8 bits.
         assert!(case["low"].as_f64().is_some_and(|d| d < 0.1), "{case}");
-        for what in ["text", "padded_text", "beams", "last", "gradients", "wide"] {
-            assert_eq!(case[what], true, "{what}: {case}");
+    }
+}
+
+/// What transformers says of a folder: differences within bounds, and everything that is yes or no.
+fn assert_same(case: &Value, bounds: &[(&str, f64)]) {
+    for (what, most) in bounds {
+        let difference = case[*what].as_f64().unwrap_or(f64::NAN);
+        // Written so that a NaN fails.
+        assert!(difference <= *most, "{what} {difference:e}: {case}");
+    }
+    for what in ["text", "padded_text", "beams", "last", "gradients", "wide"] {
+        assert_eq!(case[what], true, "{what}: {case}");
+    }
+}
+
+/// A tiny model of a family.
+fn family(config: &Value) -> tempfile::TempDir {
+    tiny_model::folder(config, &parity::weights(config))
+}
+
+/// GPT-2 in the spelling of its first checkpoints.
+fn bare_gpt2() -> tempfile::TempDir {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/gpt2.json");
+    let config = parity::case(&path)["config"].clone();
+    let weights = parity::weights(&config).into_iter();
+    tiny_model::folder(&config, &weights.map(|(name, x)| (name.replace("transformer.", ""), x)).collect())
+}
+
+/// Every family, its rotations, windows, scales, biases and experts around mixers that see them in different places.
+#[test]
+fn transformers_gives_the_same_of_every_family() {
+    let Some(python) = python("torch, transformers") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (mut folders, mut grows) = (Vec::new(), Vec::new());
+    let bases = parity::cases().into_iter().map(|(name, path)| (name, family(&parity::case(&path)["config"])));
+    let others = ["lizard", "gla", "lizard-paper", "gated-delta", "lawcat", "mamba2", "hgrn2", "rala", "mala"];
+    for (n, (family, base)) in bases.chain([("gpt2-bare".into(), bare_gpt2())]).enumerate() {
+        for (name, keep) in [("lolcats", &[][..]), (others[n % others.len()], &[0, 3])] {
+            let out = dir.path().join(format!("{family}-{name}"));
+            let case = Case::new(base.path(), &mixer(&format!("llama/{name}"), &[]), keep);
+            case.write(&out, &[]);
+            grows.push(case.model.architecture().ropes.iter().any(|rope| rope.grows()));
+            folders.push(out);
         }
+    }
+    let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
+    let found = run(&python, "transformers_check.py", &folders, dir.path());
+    assert_eq!(found.len(), folders.len());
+    for (case, grows) in found.iter().zip(grows) {
+        eprintln!("{case}");
+        // Where frequencies depend on the length, a text in pieces or beside a longer one has others.
+        let bounds = [("logits", 1e-4), ("saved", 1e-5), ("pieces", 1e-4), ("padded", 1e-4)];
+        assert_same(case, &bounds[..if grows { 2 } else { 4 }]);
     }
 }
 
 #[test]
 fn peft_loads_an_adapter() {
     let Some(python) = python("torch, transformers, peft") else { return };
-    let (dir, base) = (tempfile::tempdir().unwrap(), mistral());
-    let mut pairs = Vec::new();
-    for (name, full) in [("lolcats", false), ("gated-delta", true)] {
-        let (export, adapter) = (dir.path().join(name), dir.path().join(format!("{name}-adapter")));
-        let mut case = Case::new(base.path(), &mixer(&format!("llama/{name}"), &[]), &[2]);
-        let merged = case.adapt(&export, full);
-        case.write(&export, &merged);
-        rewrite(&export, Format::Adapter, &SHAPE, &adapter);
-        pairs.extend([adapter, export.join(EXPECTED)]);
+    let dir = tempfile::tempdir().unwrap();
+    let named = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fixtures/families/{name}.json"));
+        family(&parity::case(&path)["config"])
+    };
+    // Projections apart, in one tensor, taking turns in it, lying the other way round, beside experts.
+    let bases = [mistral(), named("phi3"), named("gpt_neox"), named("gpt2"), bare_gpt2(), named("mixtral")];
+    let mut triples = Vec::new();
+    for (n, base) in bases.iter().enumerate() {
+        for (name, full) in [("lolcats", false), ("gated-delta", true)] {
+            let (export, adapter) =
+                (dir.path().join(format!("{n}-{name}")), dir.path().join(format!("{n}-{name}-apart")));
+            let mut case = Case::new(base.path(), &mixer(&format!("llama/{name}"), &[]), &[2]);
+            let merged = case.adapt(&export, full);
+            case.write(&export, &merged);
+            rewrite(&export, Format::Adapter, &SHAPE, &adapter);
+            triples.extend([base.path().to_path_buf(), adapter, export.join(EXPECTED)]);
+        }
     }
-    let args: Vec<&Path> = [base.path()].into_iter().chain(pairs.iter().map(PathBuf::as_path)).collect();
+    let args: Vec<&Path> = triples.iter().map(PathBuf::as_path).collect();
     for case in run(&python, "adapter_check.py", &args, dir.path()) {
         eprintln!("{case}");
         let [bare, whole] = ["without", "logits"].map(|what| case[what].as_f64().unwrap_or(f64::NAN));

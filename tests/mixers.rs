@@ -63,7 +63,7 @@ fn params(design: &dyn Design, a: &Architecture, dtype: DType) -> Vec<Param> {
     let param = |(n, spec): (usize, margay::mixers::Spec)| -> Result<Param> {
         let start = spec.init.tensor(&spec.shape, 5, 0)?.to_dtype(DType::F64)?;
         let moved = (start + (randn(&spec.shape, 1000 + n as u64) * 0.3)?)?.to_dtype(dtype)?;
-        Ok(Param { name: tensor_name(0, spec.name), var: Var::from_tensor(&moved)?, scalar: spec.scalar })
+        Ok(Param { name: tensor_name(a, 0, spec.name), var: Var::from_tensor(&moved)?, scalar: spec.scalar })
     };
     design.specs(a).into_iter().enumerate().map(param).collect::<Result<_>>().unwrap()
 }

@@ -52,15 +52,16 @@ impl Linearization {
         let specs = |layer: &usize| {
             let layer = *layer;
             let specs = self.mixer.design().specs(architecture);
-            specs.into_iter().map(move |s| (tensor_name(layer, s.name), s.shape)).collect::<Vec<_>>()
+            specs.into_iter().map(move |s| (tensor_name(architecture, layer, s.name), s.shape)).collect::<Vec<_>>()
         };
         self.layers.iter().flat_map(specs).collect()
     }
 }
 
-/// Checkpoint name of a mixer's tensor.
-pub fn tensor_name(layer: usize, suffix: &str) -> String {
-    format!("model.layers.{layer}.self_attn.{suffix}")
+/// Checkpoint name of a mixer's tensor: under the attention of its layer.
+pub fn tensor_name(architecture: &Architecture, layer: usize, suffix: &str) -> String {
+    let names = architecture.names;
+    format!("{}.{layer}.{}.{suffix}", names.blocks, names.attention())
 }
 
 /// What is known of a model before its weights are read.
@@ -119,7 +120,7 @@ impl Model {
         let a = self.architecture();
         let Some(l) = &self.description.linearization else { return Ok(Net::teacher(a)) };
         Net::of(a, l.mixer.design(), &l.layers, |layer, spec| {
-            let name = tensor_name(layer, spec.name);
+            let name = tensor_name(a, layer, spec.name);
             let tensor = self.checkpoint.shaped(&name, &spec.shape, DType::F32, device)?;
             Ok(Param { name, var: Var::from_tensor(&tensor)?, scalar: spec.scalar })
         })

@@ -377,7 +377,7 @@ fn source_tensor(
 /// What the mixer adds to a layer.
 fn new_tensors(a: &Architecture, design: &dyn Design, layer: usize) -> Vec<Tensor> {
     let new = |spec: crate::mixers::Spec| Tensor {
-        name: tensor_name(layer, spec.name),
+        name: tensor_name(a, layer, spec.name),
         dtype: Dtype::F32,
         bytes: 4 * spec.shape.iter().map(|d| *d as u64).product::<u64>(),
         shape: spec.shape,

@@ -19,7 +19,7 @@ pub fn swap(
 ) -> Result<Net> {
     Net::of(architecture, design, converted, |layer, spec| {
         let tensor = spec.init.tensor(&spec.shape, seed, layer)?.to_device(device)?;
-        let name = tensor_name(layer, spec.name);
+        let name = tensor_name(architecture, layer, spec.name);
         Ok(Param { name, var: Var::from_tensor(&tensor)?, scalar: spec.scalar })
     })
 }

@@ -22,14 +22,19 @@ impl Architecture {
     /// The inverse of [`Architecture::rows`].
     pub fn stored(&self, p: Projection, rows: &Tensor) -> Result<Tensor> {
         match self.layout {
-            Layout::Heads if self.takes_turns(p) => {
-                let rest = &rows.dims()[1..];
-                let heads = rows.reshape([&[3, self.heads, self.head_dim], rest].concat())?;
-                heads.transpose(0, 1)?.contiguous()?.reshape(rows.shape())
-            }
             Layout::Columns if rows.rank() == 2 => rows.t()?.contiguous(),
-            _ => Ok(rows.clone()),
+            _ => self.in_order(p, rows),
         }
+    }
+
+    /// The rows of [`Architecture::rows`] in the order of the checkpoint's outputs.
+    pub fn in_order(&self, p: Projection, rows: &Tensor) -> Result<Tensor> {
+        if self.layout != Layout::Heads || !self.takes_turns(p) {
+            return Ok(rows.clone());
+        }
+        let rest = &rows.dims()[1..];
+        let heads = rows.reshape([&[3, self.heads, self.head_dim], rest].concat())?;
+        heads.transpose(0, 1)?.contiguous()?.reshape(rows.shape())
     }
 
     fn takes_turns(&self, p: Projection) -> bool {

@@ -73,6 +73,12 @@ impl Family {
         Ok(Architecture { names: self.names[0], ..(self.read)(config)? })
     }
 
+    /// How the family's class spells its tensors, however a checkpoint of this architecture does.
+    pub fn usual_names(architecture: &Architecture) -> &'static Names {
+        let family = REGISTRY.iter().find(|f| f.name == architecture.family);
+        family.map_or(architecture.names, |f| f.names[0])
+    }
+
     /// The spelling whose embedding is there, else the usual one.
     pub fn names(&self, headers: &Headers) -> &'static Names {
         let found = self.names.iter().find(|names| headers.tensors.contains_key(names.embedding));

@@ -150,15 +150,25 @@ impl Names {
         self.projections[p as usize]
     }
 
+    /// The module of a block's attention.
+    pub fn attention(&self) -> &'static str {
+        self.module(Projection::O).split_once('.').map_or("", |(attention, _)| attention)
+    }
+
     /// The projections that share the tensor of `p`, in the order of their rows.
     pub fn beside(&self, p: Projection) -> impl Iterator<Item = Projection> {
         let module = self.module(p);
         Projection::ALL.into_iter().filter(move |other| self.module(*other) == module)
     }
 
+    /// The projection that stands for the tensor of `p`.
+    pub fn leader(&self, p: Projection) -> Projection {
+        self.beside(p).next().unwrap_or(p)
+    }
+
     /// Whether `p` stands for the tensor it is in.
     pub fn leads(&self, p: Projection) -> bool {
-        !self.module(p).is_empty() && self.beside(p).next() == Some(p)
+        !self.module(p).is_empty() && self.leader(p) == p
     }
 
     /// The checkpoint name of a role.

@@ -1,4 +1,4 @@
-"""Loads adapter folders over their base model with peft: `adapter_check.py BASE (ADAPTER EXPECTED)...`. One JSON line
+"""Loads adapter folders over their base model with peft: `adapter_check.py (BASE ADAPTER EXPECTED)...`. One JSON line
 per adapter: how far its logits are from those of the merged model, with and without the LoRA."""
 
 import json
@@ -16,8 +16,7 @@ def difference(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-base, *rest = sys.argv[1:]
-for folder, expected in zip(rest[::2], rest[1::2]):
+for base, folder, expected in zip(*[iter(sys.argv[1:])] * 3):
     expected = load_file(expected)
     margay = get_class_from_dynamic_module("modeling_margay.MargayForCausalLM", folder)
     model = margay.from_adapter(folder, base, dtype=torch.float32).eval()

@@ -24,7 +24,7 @@ def load(folder, dtype=torch.float32):
 
 def mixer_tensors(model):
     names = model.config.linearization["tensors"]
-    return [p for n, p in model.named_parameters() if n.partition("self_attn.")[2] in names]
+    return [p for n, p in model.named_parameters() if n.endswith(tuple(f".{name}" for name in names))]
 
 
 def in_pieces(model, ids):

@@ -22,7 +22,7 @@ use crate::checkpoint::Config;
 use crate::checkpoint::writer::{Data, Entry, tensor_bytes, write_single};
 use crate::convert::load::{Linearization, Model};
 use crate::error::{Error, Kind, Result};
-use crate::families::{Claim, Projection, Role};
+use crate::families::{Architecture, Claim, Family, Layout, Names, Projection, Role};
 use crate::model::Decoder;
 use crate::params::{Adapters, LowRank};
 use crate::progress::Progress;
@@ -39,19 +39,52 @@ pub(super) const PREFIX: &str = "base_model.model.";
 
 /// Changes of projections before they are merged.
 pub struct Adapter {
-    low_rank: Vec<LowRank>,
-    /// Whole weights [out, in] by checkpoint name, without their LoRA.
+    low_rank: Vec<Lora>,
+    /// Whole weights by checkpoint name and as the checkpoint has them, without their LoRA.
     full: Vec<(String, Tensor)>,
+    names: &'static Names,
+    /// Modules hold [in, out].
+    columns: bool,
+}
+
+/// The LoRA of a module as PEFT has it.
+struct Lora {
+    /// From the model on: `model.layers.3.self_attn.q_proj`.
+    module: String,
+    /// The projection that stands for the module.
+    leader: Projection,
+    a: Tensor,
+    b: Tensor,
+    alpha: f64,
 }
 
 impl Adapter {
     /// Of a student over `decoder`, whose weights are those of the base model still.
     pub fn of(adapters: &Adapters, decoder: &Decoder) -> Result<Adapter> {
-        let full = adapters.full().map(|(layer, p, delta)| {
-            let weight = decoder.block(layer).weight(p)?.to_dtype(DType::F32)?;
-            Ok((decoder.architecture.name(Role::Weight(layer, p)), (weight + delta)?))
+        let a = &decoder.architecture;
+        let mut modules: BTreeMap<(usize, Projection), Vec<LowRank>> = BTreeMap::new();
+        for low_rank in adapters.low_rank()? {
+            modules.entry((low_rank.layer, a.names.leader(low_rank.projection))).or_default().push(low_rank);
+        }
+        let low_rank = modules.into_iter().map(|((layer, leader), parts)| lora(a, layer, leader, &parts));
+        let mut deltas: BTreeMap<(usize, Projection), BTreeMap<Projection, Tensor>> = BTreeMap::new();
+        for (layer, p, delta) in adapters.full() {
+            deltas.entry((layer, a.names.leader(p))).or_default().insert(p, delta);
+        }
+        let full = deltas.into_iter().map(|((layer, leader), deltas)| {
+            let part = |p| {
+                let weight = decoder.block(layer).weight(p)?.to_dtype(DType::F32)?;
+                deltas.get(&p).map_or(Ok(weight.clone()), |delta| weight + delta)
+            };
+            let rows = a.names.beside(leader).map(part).collect::<candle_core::Result<Vec<_>>>()?;
+            Ok((a.name(Role::Weight(layer, leader)), a.stored(leader, &Tensor::cat(&rows, 0)?)?))
         });
-        Ok(Adapter { low_rank: adapters.low_rank()?, full: full.collect::<Result<_>>()? })
+        Ok(Adapter {
+            low_rank: low_rank.collect::<Result<_>>()?,
+            full: full.collect::<Result<_>>()?,
+            names: Family::usual_names(a),
+            columns: a.layout == Layout::Columns,
+        })
     }
 
     /// Writes the files of [`FOLDER`] into the export `dir`. `base` is the model they belong to, `stored` the type of a
@@ -68,11 +101,11 @@ impl Adapter {
         create(&place)?;
         let mut files = Vec::new();
         if !self.low_rank.is_empty() {
-            files.push(put(&place, CONFIG, &pretty(&peft_config(&self.low_rank, base, layers)?))?);
+            files.push(put(&place, CONFIG, &pretty(&self.peft_config(base, layers)?))?);
             let mut entries = Vec::new();
             for low_rank in &self.low_rank {
                 for (end, tensor) in [("lora_A", &low_rank.a), ("lora_B", &low_rank.b)] {
-                    let name = format!("{PREFIX}{}.{end}.weight", module(low_rank));
+                    let name = format!("{PREFIX}{}.{end}.weight", low_rank.module);
                     entries.push(entry(name, tensor, Dtype::F32));
                 }
             }
@@ -85,6 +118,67 @@ impl Adapter {
         files.iter_mut().for_each(|f| f.file = format!("{FOLDER}/{}", f.file));
         Ok(files)
     }
+
+    /// `adapter_config.json`. Modules are named alone where every layer has them, else with their layers; ranks other than
+    /// the most common one are listed.
+    fn peft_config(&self, base: &str, layers: usize) -> Result<Value> {
+        let mut counts: BTreeMap<(usize, u64), usize> = BTreeMap::new();
+        for l in &self.low_rank {
+            *counts.entry((l.a.dim(0)?, l.alpha.to_bits())).or_default() += 1;
+        }
+        let common = counts.into_iter().max_by_key(|(_, count)| *count).map(|(common, _)| common);
+        let (rank, alpha) = common.map_or((1, 1.0), |(rank, alpha)| (rank, f64::from_bits(alpha)));
+        let (mut ranks, mut alphas) = (BTreeMap::new(), BTreeMap::new());
+        for l in &self.low_rank {
+            if (l.a.dim(0)?, l.alpha) != (rank, alpha) {
+                ranks.insert(&l.module, l.a.dim(0)?);
+                alphas.insert(&l.module, l.alpha);
+            }
+        }
+        let leaders: BTreeSet<Projection> = self.low_rank.iter().map(|l| l.leader).collect();
+        let targets: Vec<&str> = match self.low_rank.len() == leaders.len() * layers {
+            true => leaders.into_iter().map(|p| self.short(p)).collect(),
+            false => self.low_rank.iter().map(|l| l.module.as_str()).collect(),
+        };
+        Ok(json!({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": true,
+            "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets,
+            "rank_pattern": ranks, "alpha_pattern": alphas, "fan_in_fan_out": self.columns,
+        }))
+    }
+
+    /// The last part of a module's name, or all of it under its block where that is another's too.
+    fn short(&self, p: Projection) -> &'static str {
+        let last = |module: &'static str| module.rsplit('.').next().unwrap_or(module);
+        let module = self.names.module(p);
+        let twice = self.names.projections.iter().any(|other| *other != module && last(other) == last(module));
+        if twice { module } else { last(module) }
+    }
+}
+
+/// The LoRA of the tensor that `leader` stands for, from that of the projections in it: side by side, each writing its own
+/// rows with its own weight.
+fn lora(a: &Architecture, layer: usize, leader: Projection, parts: &[LowRank]) -> Result<Lora> {
+    let names = Family::usual_names(a);
+    let module = format!("{}.{layer}.{}", names.blocks, names.module(leader));
+    if let ([one], 1) = (parts, a.names.beside(leader).count()) {
+        return Ok(Lora { module, leader, a: one.a.clone(), b: one.b.clone(), alpha: one.alpha });
+    }
+    let ranks = parts.iter().map(LowRank::rank).collect::<candle_core::Result<Vec<_>>>()?;
+    let rank = ranks.iter().sum();
+    let mut rows = Vec::new();
+    for p in a.names.beside(leader) {
+        let index = parts.iter().position(|part| part.projection == p);
+        rows.push(match index.map(|i| (&parts[i], ranks[i], ranks[..i].iter().sum::<usize>())) {
+            Some((part, own, before)) => {
+                (&part.b * (part.alpha / own as f64))?.pad_with_zeros(1, before, rank - before - own)?
+            }
+            None => Tensor::zeros((a.shape(p)[0], rank), parts[0].b.dtype(), parts[0].b.device())?,
+        });
+    }
+    let inner = Tensor::cat(&parts.iter().map(|part| &part.a).collect::<Vec<_>>(), 0)?;
+    let b = a.in_order(leader, &Tensor::cat(&rows, 0)?)?;
+    Ok(Lora { module, leader, a: inner, b, alpha: rank as f64 })
 }
 
 /// A tensor to write.
@@ -94,12 +188,12 @@ fn entry(name: String, tensor: &Tensor, dtype: Dtype) -> Entry<'static> {
     Entry { name, dtype, shape, data: Data::Lazy(Box::new(move || tensor_bytes(&tensor, dtype))) }
 }
 
-/// `model.layers.3.self_attn.q_proj`.
+/// `model.layers.3.self_attn.q_proj`, as Llama's class has it.
 pub(super) fn module(low_rank: &LowRank) -> String {
     format!("model.layers.{}.{}", low_rank.layer, low_rank.projection.path())
 }
 
-/// The LoRA in a PEFT folder.
+/// The LoRA in a PEFT folder of a model in Llama's spelling.
 pub(super) fn read(folder: &Path) -> Result<Vec<LowRank>> {
     let path = folder.join(CONFIG);
     let text = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -154,34 +248,6 @@ pub(super) fn place(name: &str) -> Option<(usize, Projection, usize)> {
         _ => return None,
     };
     Some((layer.parse().ok()?, projection, half))
-}
-
-/// `adapter_config.json`. Projections are named alone where every layer has them, else with their layers; ranks other than
-/// the most common one are listed.
-fn peft_config(low_rank: &[LowRank], base: &str, layers: usize) -> Result<Value> {
-    let mut counts: BTreeMap<(usize, u64), usize> = BTreeMap::new();
-    for l in low_rank {
-        *counts.entry((l.rank()?, l.alpha.to_bits())).or_default() += 1;
-    }
-    let common = counts.into_iter().max_by_key(|(_, count)| *count).map(|(common, _)| common);
-    let (rank, alpha) = common.map_or((1, 1.0), |(rank, alpha)| (rank, f64::from_bits(alpha)));
-    let (mut ranks, mut alphas) = (BTreeMap::new(), BTreeMap::new());
-    for l in low_rank {
-        if (l.rank()?, l.alpha) != (rank, alpha) {
-            ranks.insert(module(l), l.rank()?);
-            alphas.insert(module(l), l.alpha);
-        }
-    }
-    let names: BTreeSet<&str> = low_rank.iter().map(|l| l.projection.name()).collect();
-    let targets: Vec<String> = match low_rank.len() == names.len() * layers {
-        true => names.into_iter().map(String::from).collect(),
-        false => low_rank.iter().map(module).collect(),
-    };
-    Ok(json!({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": true,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets,
-        "rank_pattern": ranks, "alpha_pattern": alphas,
-    }))
 }
 
 /// Writes the export `model` as an adapter of its base.

@@ -98,6 +98,9 @@ fn official(model: &Model, linearization: &Linearization) -> Result<Value> {
         return refuse("place for weights that were trained in full".into());
     }
     let a = model.architecture();
+    if !matches!(a.family, "llama" | "mistral") {
+        return refuse(format!("`{}` models: it has Llama and Mistral", a.family));
+    }
     let columns = config.feature_map.cols(config.feature_dim, a.head_dim, a.head_dim.min(64));
     let attention_type = match (config.window, config.window_kind) {
         (0, _) => "lolcats_llama",
@@ -233,10 +236,10 @@ fn net(a: &Architecture, config: &Config, mut tensors: BTreeMap<String, Tensor>)
     let Some(first) = specs.first() else {
         return Err(Error::new(Kind::Recipe, "the recipe's mixer has no tensors, so there is nothing to read"));
     };
-    let layers: Vec<usize> = (0..a.layers).filter(|l| tensors.contains_key(&tensor_name(*l, first.name))).collect();
+    let layers: Vec<usize> = (0..a.layers).filter(|l| tensors.contains_key(&tensor_name(a, *l, first.name))).collect();
     let mut params: BTreeMap<String, Param> = BTreeMap::new();
     for (layer, spec) in layers.iter().flat_map(|l| specs.iter().map(move |s| (*l, s))) {
-        let name = tensor_name(layer, spec.name);
+        let name = tensor_name(a, layer, spec.name);
         let Some(tensor) = tensors.remove(&name) else {
             return Err(Error::new(Kind::Checkpoint, format!("tensor `{name}` is not in the checkpoint"))
                 .hint("the recipe's `[mixer]` must be that of the official run"));
@@ -253,7 +256,7 @@ fn net(a: &Architecture, config: &Config, mut tensors: BTreeMap<String, Tensor>)
             .hint("the base model, and the recipe's `[mixer]`, must be those of the official run"));
     }
     let net = Net::of(a, design, &layers, |layer, spec| {
-        let name = tensor_name(layer, spec.name);
+        let name = tensor_name(a, layer, spec.name);
         params.get(&name).cloned().ok_or_else(|| Error::new(Kind::Unexpected, format!("`{name}` was not read")))
     })?;
     if layers.is_empty() {

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_margay import MargayConfig
 
@@ -33,6 +34,7 @@ PLAIN_MAPS = {  # feature maps without weights
 }
 LOWEST = -128.0  # smallest log decay: its exponential is 0 in float32
 MIN_DENOMINATOR = 1e-12
+ATTENTION = ("self_attn", "attention", "attn")  # what families call the attention of a block
 
 
 class MixerState(CacheLayerMixin):
@@ -104,7 +106,7 @@ class Pass:
     Shapes: B rows, T positions, H query heads, G key heads, D channels; everything is [B, heads, T, channels].
     """
 
-    def __init__(self, attention, x, q, k, v, rotated, real, state, scale):
+    def __init__(self, attention, x, q, k, v, rotated, real, state, softcap):
         self.attention = attention
         self.settings = attention.settings
         self.x = x.float()  # the layer's input, [B, T, N]
@@ -112,7 +114,7 @@ class Pass:
         self.rotated = tuple(t.float() for t in rotated)
         self.real = real  # [B, T], 0 where a row is padded
         self.state = state
-        self.scale = scale  # of softmax scores
+        self.softcap = softcap  # scores s of softmax are bent to softcap tanh(s / softcap)
         self.seen = self.past("seen", (), torch.long)  # real positions before, [B]
         state.tensors["seen"] = self.seen + real.sum(1)
 
@@ -175,6 +177,11 @@ class Pass:
             run = run + shifted(run, span)
             span *= 2
         return total[:, :, -time:]
+
+    def scores(self, q, k):
+        """Scores of softmax [B, H, n, m] of queries [B, H, n, D] and keys [B, H, m, D]."""
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
 
     # Recurrences.
 
@@ -248,7 +255,7 @@ class Pass:
             cut = slice(start, start + size + n)
             i, j = torch.arange(n, device=q.device)[:, None], torch.arange(size + n, device=q.device)
             inside = (j > i) & (j <= i + size) & real[:, :, cut].mT.bool()
-            scores = q[:, :, start : start + n] @ self.repeat(keys[:, :, cut]).mT * self.scale
+            scores = self.scores(q[:, :, start : start + n], self.repeat(keys[:, :, cut]))
             scores = scores.masked_fill(~inside, -torch.inf)
             top = scores.amax(-1, keepdim=True).clamp(min=-1e30)
             weights = (scores - top).exp()
@@ -413,7 +420,7 @@ def lolcats(p):
         at, of = place[:, :, rows], places[:, :, cut].mT  # [B, 1, n, 1], [B, 1, 1, held + n]
         seen = (of > 0) & (of <= at)
         inside, linear = seen & (of > before(at)), seen & (of <= before(at))
-        scores = (q[:, :, rows] @ k.mT * p.scale).masked_fill(~inside, -torch.inf)
+        scores = p.scores(q[:, :, rows], k).masked_fill(~inside, -torch.inf)
         top = scores.amax(-1, keepdim=True).clamp(min=-1e30)
         phi_k = p.features(keys[:, :, cut], "k")
         weights = sigma * (scores - top).exp() + share * (phi_q[:, :, rows] @ phi_k.mT).masked_fill(~linear, 0)
@@ -449,7 +456,7 @@ def lizard_paper(p):
         count = count + (sinks - top).clamp(max=80).exp().sum(-1, keepdim=True)
     if meta_k is not None:
         meta = lambda x: p.repeat(x.transpose(0, 1)[None])  # [1, H, m, D]
-        scores = (p.rotated[0] if rotary else p.q) @ meta(meta_k).mT * p.scale
+        scores = (p.rotated[0] if rotary else p.q) @ meta(meta_k).mT * p.q.shape[-1] ** -0.5
         weights = (scores - top).clamp(max=80).exp()
         total, count = total + weights @ meta(p.weight("lizard.meta_v")), count + weights.sum(-1, keepdim=True)
     return gated + p.weight("lizard.alpha").reshape(1, -1, 1, 1) * total / count.clamp(min=1e-30)
@@ -590,20 +597,27 @@ class Attention:
         real = kwargs.pop("margay_real", None)
         if real is None:
             real = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
-        state = MixerState() if past_key_values is None else past_key_values.layers[self.layer_idx]
-        cos, sin = position_embeddings
-        still = (torch.ones_like(cos), torch.zeros_like(sin))
+        cache = kwargs.pop("layer_past", past_key_values)
+        state = MixerState() if cache is None else cache.layers[self.layer_idx]
+        if position_embeddings is not None:
+            cos, sin = position_embeddings
+            kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
         parts = (hidden_states, position_embeddings, real, state)
-        return super().forward(hidden_states, still, attention_mask=None, past_key_values=None, margay=parts, **kwargs)
+        return super().forward(hidden_states, attention_mask=None, margay=parts, **kwargs)
 
 
-def mix(attention, query, key, value, attention_mask, scaling=None, margay=None, **kwargs):
+def mix(attention, query, key, value, attention_mask, scaling=None, softcap=None, margay=None, **kwargs):
     """The mixer as an attention function of transformers: query [B, H, T, D], key and value [B, G, T, D] before
     position encoding -> [B, T, H, D]."""
-    x, (cos, sin), real, state = margay
-    rotated = sys.modules[attention.family.__module__].apply_rotary_pos_emb(query, key, cos, sin)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    p = Pass(attention, x, query, key, value, rotated, real, state, scale)
+    x, turn, real, state = margay
+    # Mixers know of the root of the width alone: another scale of scores is the queries'.
+    root = query.shape[-1] ** -0.5
+    if scaling is not None and scaling != root:
+        query = (query.float() * (scaling / root)).to(query.dtype)
+    rotated = (query, key)
+    if turn is not None and getattr(attention, "use_rope", True):
+        rotated = sys.modules[attention.family.__module__].apply_rotary_pos_emb(query, key, *turn)
+    p = Pass(attention, x, query, key, value, rotated, real, state, softcap)
     y = MIXERS[attention.settings["kind"]](p)
     state.length += x.shape[1]
     return y.transpose(1, 2).to(x.dtype).contiguous(), None
@@ -623,13 +637,20 @@ class Linearized:
     _is_stateful = True  # a state cannot be rolled back, so what would need it is refused
     _can_compile_fullgraph = False
 
+    @classmethod
+    def from_pretrained(cls, *args, config, **kwargs):
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            kwargs.setdefault("attn_implementation", "eager")  # sdpa does not bend the scores of layers that stay
+        return super().from_pretrained(*args, config=config, **kwargs)
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        layers = self.get_decoder().layers
+        blocks = next(child for child in self.get_decoder().children() if isinstance(child, nn.ModuleList))
         for index in config.linearization["layers"]:
-            family = type(layers[index].self_attn)
-            layers[index].self_attn = attention_class(family)(config=self.config, layer_idx=index)
-            layers[index].self_attn.add_mixer(config.linearization)
+            name = next(name for name in ATTENTION if hasattr(blocks[index], name))
+            attention = attention_class(type(getattr(blocks[index], name)))(config=self.config, layer_idx=index)
+            attention.add_mixer(config.linearization)
+            setattr(blocks[index], name, attention)
 
     # `generate` and trainers look for the names of these arguments.
     def forward(
@@ -673,7 +694,8 @@ class Linearized:
 def of_family(config_class, architecture, names):
     """`MargayForCausalLM` as a subclass of a family's model, whose mixers have tensors of these names."""
     family = getattr(transformers, architecture)
-    wide = {f"self_attn.{name}" for name in names} | set(family._keep_in_fp32_modules_strict or ())
+    wide = {f"{place}.{name}" for place in ATTENTION for name in names}
+    wide |= set(family._keep_in_fp32_modules_strict or ())
     body = {
         "config_class": config_class,
         "_auto_class": "AutoModelForCausalLM",
@@ -692,7 +714,12 @@ class MargayForCausalLM(PreTrainedModel, GenerationMixin):
     def of(config):
         linearization = config.linearization
         names = tuple(sorted(linearization["tensors"]))
-        return of_family(type(config), linearization["base_architectures"][0], names)
+        architecture = linearization["base_architectures"][0]
+        # Where the family's tensors have other names in files, or lie there apart, as experts do.
+        known = map(get_checkpoint_conversion_mapping, (architecture, linearization["base_model_type"]))
+        stored = next((found for found in known if found is not None), [])
+        register_checkpoint_conversion_mapping(MargayConfig.model_type, stored, overwrite=True)
+        return of_family(type(config), architecture, names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -710,7 +737,10 @@ class MargayForCausalLM(PreTrainedModel, GenerationMixin):
         of the folder. Its LoRA, where it has one, is added by `peft.PeftModel.from_pretrained(model, folder)`."""
         config = MargayConfig.from_pretrained(folder)
         model = cls.of(config).from_pretrained(base or config.linearization["teacher"], config=config, **kwargs)
-        unknown = model.load_state_dict(load_file(f"{folder}/mixers.safetensors"), strict=False).unexpected_keys
+        own, tensors = model.state_dict(), load_file(f"{folder}/mixers.safetensors")
+        # Checkpoints may leave out what the class puts before its names.
+        tensors = {n if n in own else f"{model.base_model_prefix}.{n}": x for n, x in tensors.items()}
+        unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"`{folder}` has tensors that the model lacks: {unknown}")
         return model
