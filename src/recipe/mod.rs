@@ -103,7 +103,7 @@ pub struct Data {
     pub field: String,
     /// How rows become text.
     pub format: Format,
-    /// In Alpaca rows, train on the answer only.
+    /// In Alpaca rows and conversations, train on the answers only.
     pub mask_prompt: bool,
     /// Share of the packed rows held back for validation.
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
@@ -127,6 +127,8 @@ pub enum Format {
     Auto,
     Text,
     Alpaca,
+    /// Rows with `messages` (`role`, `content`) or `conversations` (`from`, `value`), by the model's chat template.
+    Chat,
 }
 
 /// Whether a token is put between documents.
