@@ -155,7 +155,10 @@ impl ChatTemplate {
         };
         let until = |message: Value| self.marked(&[before, &[message]].concat(), tools, false);
         let text = until(message.clone())?.text;
-        if text.len() >= start && whole.starts_with(&text) {
+        // Some templates end every text with EOS, whichever turn that leaves last.
+        let eos = self.tokens.get("eos_token").and_then(Value::as_str).unwrap_or_default();
+        let ends = [text.as_str(), text.strip_suffix(eos).unwrap_or(&text)];
+        if let Some(text) = ends.into_iter().find(|text| text.len() >= start && whole.starts_with(*text)) {
             return Ok(Some(start..text.len()));
         }
         // The last turn may be written otherwise than those before it. How turns end, a made-up one shows.
@@ -226,6 +229,8 @@ fn environment(source: &str) -> Result<Environment<'static>, String> {
     environment.set_syntax(syntax.map_err(|e| e.to_string())?);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_filter("tojson", tojson);
+    // Python cannot iterate over none, which templates use to ask for tools.
+    environment.add_test("iterable", |value: &minijinja::Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_filter("generation", |text: &str| format!("{}{text}{}", MARKS[0], MARKS[1]));
     environment.add_function("raise_exception", move |message: String| -> Result<(), _> { Err(refused(message)) });
     environment.add_function("strftime_now", move |format: &str| {
@@ -264,12 +269,9 @@ fn replaced(source: &str) -> Option<String> {
     found.then_some(text)
 }
 
-/// Python's `json.dumps`, characters beyond ASCII as they are.
+/// Python's `json.dumps`, characters beyond ASCII as they are unless `ensure_ascii` is given.
 fn tojson(value: &minijinja::Value, options: Kwargs) -> Result<String, minijinja::Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    if options.get::<Option<bool>>("ensure_ascii")? == Some(true) {
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "`tojson` cannot escape all beyond ASCII"));
-    }
+    let (indent, ascii) = (options.get::<Option<usize>>("indent")?, options.get::<Option<bool>>("ensure_ascii")?);
     options.assert_all_used()?;
     let mut bytes = Vec::new();
     let indent = indent.map(|n| " ".repeat(n));
@@ -282,7 +284,18 @@ fn tojson(value: &minijinja::Value, options: Kwargs) -> Result<String, minijinja
     };
     let failed = |e: &dyn std::fmt::Display| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
     written.map_err(|e| failed(&e))?;
-    String::from_utf8(bytes).map_err(|e| failed(&e))
+    let text = String::from_utf8(bytes).map_err(|e| failed(&e))?;
+    if ascii != Some(true) {
+        return Ok(text);
+    }
+    let mut escaped = String::with_capacity(text.len());
+    for unit in text.encode_utf16() {
+        match u8::try_from(unit).ok().filter(u8::is_ascii) {
+            Some(byte) => escaped.push(byte.into()),
+            None => _ = write!(escaped, "\\u{unit:04x}"),
+        }
+    }
+    Ok(escaped)
 }
 
 /// JSON on one line with a space behind each comma and colon, as Python writes it.

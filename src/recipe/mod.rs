@@ -123,7 +123,7 @@ pub struct Data {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// By file name and content: `.txt`/`.md` text, `.jsonl` by its fields, `.json` Alpaca, `.parquet`.
+    /// By file name and content: `.txt`/`.md` text, the rows of `.jsonl`, `.json` and `.parquet` by their fields.
     Auto,
     Text,
     Alpaca,
