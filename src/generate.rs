@@ -79,33 +79,79 @@ pub fn generate(
     sampler: &mut Sampler,
     most: usize,
     stops: &[u32],
-    mut each: impl FnMut(u32) -> Result<bool>,
+    each: impl FnMut(u32) -> Result<bool>,
 ) -> Result<Generated> {
-    let (decoder, net) = (model.decoder, model.net);
-    let mut states = net.states();
-    let started = std::time::Instant::now();
-    let ids = Tensor::new(prompt, &decoder.device)?.unsqueeze(0)?;
-    let hidden = decoder.extend(&ids, net, &mut states)?;
-    let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.flatten(0, 1)?.contiguous()?;
-    let mut token = sampler.choose(&decoder.logits(&last)?.squeeze(0)?.to_vec1()?);
-    let mut steps = Steps::new(decoder, net, states, 1, most);
-    let prefill_seconds = started.elapsed().as_secs_f64();
-    let started = std::time::Instant::now();
-    let mut tokens = 0;
-    while tokens < most {
-        if stops.contains(&token) {
-            break;
-        }
-        tokens += 1;
-        if !each(token)? || tokens == most {
-            break;
-        }
-        steps.step(&[token])?;
-        token = match sampler.is_greedy() {
-            true => steps.greedy()?[0],
-            false => sampler.choose(&steps.logits()?.squeeze(0)?.to_vec1()?),
-        };
+    Session::new(model, most).generate(prompt, sampler, most, stops, each)
+}
+
+/// A text that is continued more than once: all that was read and written is kept as the state of each layer.
+pub struct Session<'a> {
+    model: Subject<'a>,
+    room: usize,
+    steps: Option<Steps<'a>>,
+    /// The last token handed out, where the state has not seen it.
+    unread: Option<u32>,
+}
+
+impl<'a> Session<'a> {
+    /// An empty text. Where decoding works in fixed memory, that holds `room` tokens behind the first prompt.
+    pub fn new(model: Subject<'a>, room: usize) -> Self {
+        Session { model, room, steps: None, unread: None }
     }
-    let decode_seconds = started.elapsed().as_secs_f64();
-    Ok(Generated { tokens, prefill_seconds, decode_seconds, state_bytes: steps.state_bytes() })
+
+    /// Whether `tokens` more fit behind what was read; [`generate`](Self::generate) fails where its prompt and its tokens do not.
+    pub fn fits(&self, tokens: usize) -> bool {
+        let room = self.steps.as_ref().and_then(Steps::room);
+        room.is_none_or(|room| tokens + self.unread.iter().len() <= room)
+    }
+
+    /// Reads `prompt`, which must hold a token, behind all that came before and goes on as [`generate`] does.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        sampler: &mut Sampler,
+        most: usize,
+        stops: &[u32],
+        mut each: impl FnMut(u32) -> Result<bool>,
+    ) -> Result<Generated> {
+        let Subject { decoder, net } = self.model;
+        let started = std::time::Instant::now();
+        let (logits, steps) = match &mut self.steps {
+            Some(steps) => {
+                steps.feed(&[self.unread.as_slice(), prompt].concat())?;
+                (steps.logits()?, steps)
+            }
+            none => {
+                let mut states = net.states();
+                let ids = Tensor::new(prompt, &decoder.device)?.unsqueeze(0)?;
+                let hidden = decoder.extend(&ids, net, &mut states)?;
+                let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.flatten(0, 1)?.contiguous()?;
+                let logits = decoder.logits(&last)?;
+                (logits, none.insert(Steps::new(decoder, net, states, 1, self.room)))
+            }
+        };
+        self.unread = None;
+        let mut token = sampler.choose(&logits.squeeze(0)?.to_vec1()?);
+        let prefill_seconds = started.elapsed().as_secs_f64();
+        let started = std::time::Instant::now();
+        let mut tokens = 0;
+        while tokens < most {
+            if stops.contains(&token) {
+                break;
+            }
+            tokens += 1;
+            self.unread = Some(token);
+            if !each(token)? || tokens == most {
+                break;
+            }
+            steps.step(&[token])?;
+            self.unread = None;
+            token = match sampler.is_greedy() {
+                true => steps.greedy()?[0],
+                false => sampler.choose(&steps.logits()?.squeeze(0)?.to_vec1()?),
+            };
+        }
+        let decode_seconds = started.elapsed().as_secs_f64();
+        Ok(Generated { tokens, prefill_seconds, decode_seconds, state_bytes: steps.state_bytes() })
+    }
 }

@@ -345,6 +345,34 @@ fn generation() {
 }
 
 #[test]
+fn conversation() {
+    let model = copy_without("recall.jsonl");
+    let dir = model.path().to_str().unwrap();
+    let refused = margay(&["generate", dir, "--chat", "--prompt", "x"]);
+    assert!(stderr(&refused).contains("no chat template"), "{}", stderr(&refused));
+
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}\
+                    {% endif %}{% endfor %}";
+    fs::write(model.path().join("chat_template.jinja"), template).unwrap();
+    let plain = |prompt: &str| says(&["generate", dir, "--max-tokens", "6", "--prompt", prompt]);
+    let first = plain("The old fox");
+    assert_eq!(says(&["generate", dir, "--chat", "--max-tokens", "6", "--prompt", "The old fox"]), first);
+    let system = ["generate", dir, "--chat", "--max-tokens", "6", "--system", "The old ", "--prompt", "fox"];
+    assert_eq!(says(&system), first);
+    assert_eq!(margay(&["generate", dir, "--system", "a", "--prompt", "b"]).status.code(), Some(2));
+
+    // Turns from stdin give what one prompt of all that was said gives.
+    let mut child = command(&["generate", dir, "--chat", "--max-tokens", "6", "-q"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"The old fox\n\nThe key\n").unwrap();
+    let second = plain(&format!("The old fox{}<|end|>The key", first.trim_end_matches('\n')));
+    assert_eq!(stdout(&child.wait_with_output().unwrap()), format!("{first}{second}"));
+}
+
+#[test]
 fn what_is_said_and_how() {
     let eval = ["eval", FIXTURE, "--data", "fixtures/llama-tiny/valid.jsonl", "--tokens", "1024", "--json"];
     assert_eq!(stderr(&margay(&[&eval[..], &["-q"]].concat())), "");

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use byte_tokenizer::{BOS, EOS, byte_tokenizer};
 use candle_core::Device;
-use margay::data::sources::{documents, resolve};
+use margay::data::sources::{Content, Document, documents, resolve};
 use margay::data::{Corpus, Split, Tokenizer, alpaca_prompt, eval_rows, read_recall};
 use margay::error::{Error, Kind};
 use margay::progress::Silent;
@@ -67,7 +67,12 @@ type Text = (Option<String>, String);
 
 fn texts(source: &str, settings: &recipe::Data) -> Result<Vec<Text>, Error> {
     let files = resolve(&[source.into()], &Silent)?;
-    documents(&files, settings).map(|d| d.map(|d| (d.prompt, d.text))).collect()
+    let text = |document: Document| match document.content {
+        Content::Text(text) => (None, text),
+        Content::Answer { prompt, answer } => (Some(prompt), answer),
+        Content::Chat(chat) => (Some("chat".into()), json!(chat.messages).to_string()),
+    };
+    documents(&files, settings).map(|d| d.map(text)).collect()
 }
 
 fn plain(texts: &[&str]) -> Vec<Text> {
@@ -607,10 +612,9 @@ fn the_validation_file_of_the_recall_model_packs_by_its_protocol() {
     let packed = rows(&protocol);
     assert!(packed.len() >= 100, "{}", packed.len());
     assert_eq!(packed, rows(&recipe::Data::default()), "`auto` finds the same");
-    let files = resolve(&sources, &Silent).unwrap();
     let mut expected = Vec::new();
-    for document in documents(&files, &protocol).take(20) {
-        expected.extend(tokenizer.encode(&document.unwrap().text).unwrap());
+    for (_, text) in texts(&sources[0], &protocol).unwrap().iter().take(20) {
+        expected.extend(tokenizer.encode(text).unwrap());
         expected.push(1);
     }
     assert_eq!(packed.concat()[..expected.len()], expected);

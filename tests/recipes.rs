@@ -284,7 +284,7 @@ contexts = [0, 8]
       mine.toml:36:20: `stage.tune.data.sources` must be a list, each item a string, found `3`
       mine.toml:42:8: `mixer.kind` cannot be `lolcat`; did you mean `lolcats`? known: lolcats, lizard, lizard-paper, lawcat, gla, hgrn2, gsa, delta, mamba2, mala, rala
       mine.toml:45:14: `data.validation` must be below 1, found `1`
-      mine.toml:46:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto
+      mine.toml:46:10: `data.format` cannot be `alpca`; did you mean `alpaca`? known: text, alpaca, auto, chat
       mine.toml:47:11: `data.sources` must be a list, each item a string, found the string `"a.txt"`
       mine.toml:48:9: `data.field` must be a name, found an empty string
       mine.toml:51:18: `export.max_shard_size` must be a size such as `5GB` or `500MB`, found `5 gigs`

@@ -1,17 +1,18 @@
-//! `margay generate`: text to stdout as it comes.
+//! `margay generate`: text to stdout as it comes, one or a conversation.
 
 use std::io::Read;
 
 use clap::Args;
 use margay::convert::load::Model;
 use margay::convert::plan::bytes;
-use margay::data::Tokenizer;
+use margay::data::{ChatTemplate, Tokenizer};
 use margay::error::{Error, Kind, Result};
 use margay::evaluate::Subject;
-use margay::generate::{Sampler, generate};
+use margay::generate::{Generated, Sampler, Session};
 use margay::progress::Progress;
 
 use super::DeviceArg;
+use super::chat::Conversation;
 use super::output::Output;
 
 #[derive(Args)]
@@ -20,8 +21,14 @@ pub struct Generate {
     #[arg(value_name = "MODEL")]
     model: String,
     /// The text to continue; - reads it from stdin
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
+    #[arg(long, value_name = "TEXT", required_unless_present = "chat")]
+    prompt: Option<String>,
+    /// Answer by the model's chat template: the prompt, or without one each line of stdin as a turn
+    #[arg(long)]
+    chat: bool,
+    /// What the conversation begins with
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
     /// Tokens to generate at most
     #[arg(long, value_name = "N", default_value_t = 200)]
     max_tokens: usize,
@@ -55,39 +62,85 @@ impl Generate {
         let model = Model::open(&self.model, out)?;
         let tokenizer = Tokenizer::open(model.checkpoint.dir())?;
         tokenizer.check_vocab(model.architecture().vocab)?;
-        let prompt = tokenizer.encode_prompt(&self.text()?)?;
-        if prompt.is_empty() {
+        let text = self.prompt.as_deref().map(text).transpose()?;
+        let template = self.chat.then(|| template(&tokenizer)).transpose()?;
+        let prompt = match (&text, template) {
+            (Some(text), None) => tokenizer.encode_prompt(text)?,
+            _ => Vec::new(),
+        };
+        if prompt.is_empty() && template.is_none() {
             let error = Error::new(Kind::Usage, "the prompt is empty, and the tokenizer has no BOS to begin with");
             return Err(error.hint("give a text with `--prompt`"));
         }
         let (decoder, net) = (model.decoder(&device, out)?, model.net(&device)?);
-        let mut sampler = Sampler::new(self.temperature, self.top_p, self.seed);
-        let stops = if self.ignore_eos { &[] } else { tokenizer.stops() };
-        let mut text = tokenizer.stream(&prompt)?;
-        let subject = Subject { decoder: &decoder, net: &net };
-        let done = generate(subject, &prompt, &mut sampler, self.max_tokens, stops, |id| {
-            out.data(&text.push(id)?)?;
-            Ok(!out.closed())
-        })?;
-        out.data(&format!("{}\n", text.finish()?))?;
+        let model = Subject { decoder: &decoder, net: &net };
+        let mut writer = Writer {
+            tokenizer: &tokenizer,
+            sampler: Sampler::new(self.temperature, self.top_p, self.seed),
+            most: self.max_tokens,
+            stops: if self.ignore_eos { &[] } else { tokenizer.stops() },
+        };
+        let (read, done) = match template {
+            None => (prompt.len(), writer.write(&mut Session::new(model, self.max_tokens), &prompt, out)?.1),
+            Some(template) => {
+                let mut conversation = Conversation::new(model, template, writer, self.system.as_deref());
+                match text {
+                    Some(text) => conversation.turn(&text, out)?,
+                    None => return conversation.lines(out),
+                }
+            }
+        };
         let rate = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
         out.say(&format!(
-            "prompt: {} tokens, {:.0} tokens/s; generated: {} tokens, {:.0} tokens/s; state: {}",
-            prompt.len(),
-            rate(prompt.len(), done.prefill_seconds),
+            "prompt: {read} tokens, {:.0} tokens/s; generated: {} tokens, {:.0} tokens/s; state: {}",
+            rate(read, done.prefill_seconds),
             done.tokens,
             rate(done.tokens, done.decode_seconds),
             bytes(done.state_bytes as u64),
         ));
         Ok(())
     }
+}
 
-    fn text(&self) -> Result<String> {
-        if self.prompt != "-" {
-            return Ok(self.prompt.clone());
-        }
-        let mut text = String::new();
-        std::io::stdin().read_to_string(&mut text).map_err(|e| Error::io("read the prompt from", "stdin", e))?;
-        Ok(text)
+/// The prompt as given, or stdin to its end.
+fn text(prompt: &str) -> Result<String> {
+    if prompt != "-" {
+        return Ok(prompt.into());
+    }
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).map_err(|e| Error::io("read the prompt from", "stdin", e))?;
+    Ok(text)
+}
+
+fn template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
+    tokenizer.chat_template().ok_or_else(|| {
+        Error::new(Kind::Checkpoint, "the model has no chat template, so `--chat` cannot ask it").hint(
+            "take an instruct model, put the `chat_template.jinja` that fits into its folder, or leave out `--chat`",
+        )
+    })
+}
+
+/// Writes what a model goes on with to stdout.
+pub struct Writer<'a> {
+    pub tokenizer: &'a Tokenizer,
+    pub sampler: Sampler,
+    /// Tokens at most, each time.
+    pub most: usize,
+    pub stops: &'a [u32],
+}
+
+impl Writer<'_> {
+    /// Lets `session` read `prompt` and go on; the text it wrote.
+    pub fn write(&mut self, session: &mut Session, prompt: &[u32], out: &Output) -> Result<(String, Generated)> {
+        let (mut stream, mut text) = (self.tokenizer.stream(prompt)?, String::new());
+        let done = session.generate(prompt, &mut self.sampler, self.most, self.stops, |id| {
+            let piece = stream.push(id)?;
+            out.data(&piece)?;
+            text.push_str(&piece);
+            Ok(!out.closed())
+        })?;
+        let rest = stream.finish()?;
+        out.data(&format!("{rest}\n"))?;
+        Ok((text + &rest, done))
     }
 }

@@ -1,6 +1,7 @@
 //! The command line: what each command takes, and one call into the library for each.
 
 mod bench;
+mod chat;
 mod compare;
 mod convert;
 mod doctor;
@@ -95,7 +96,7 @@ pub enum Command {
     Eval(eval::Eval),
     /// Show a conversion as one page of HTML
     Report(report::Report),
-    /// Continue a text, one token at a time
+    /// Continue a text or hold a conversation, one token at a time
     Generate(generate::Generate),
     /// Shipped recipes and checks of your own
     #[command(subcommand)]

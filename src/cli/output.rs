@@ -92,6 +92,12 @@ impl Output {
         }
     }
 
+    /// Invites someone at a terminal to type.
+    pub fn ask(&self, prompt: &str) {
+        let mut stderr = io::stderr().lock();
+        _ = write!(stderr, "{prompt}").and_then(|()| stderr.flush());
+    }
+
     /// Whether the reader of stdout has gone.
     pub fn closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)

@@ -316,7 +316,7 @@ fn require_text(loaded: &Loaded) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(Kind::Data, format!("recipe `{}` names no text to train on", loaded.origin))
-        .hint("give `--data FILE` (text, JSONL, Alpaca JSON, Parquet, a folder or a data set id)"))
+        .hint("give `--data FILE` (text, JSONL, Alpaca, chats, Parquet, a folder or a data set id)"))
 }
 
 /// One stage to train.

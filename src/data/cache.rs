@@ -13,14 +13,15 @@ use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
+use super::sources::{self, Content};
 use super::tokenizer::{Joins, Tokenizer};
-use super::{hex, sources};
+use super::{Chat, hex};
 use crate::error::{Error, Kind, Result};
 use crate::progress::{Progress, stop_requested};
 use crate::recipe;
 
 /// Changes whenever the same input would give other tokens or another layout.
-const MAGIC: &[u8; 8] = b"margayT1";
+const MAGIC: &[u8; 8] = b"margayT2";
 const HEADER: usize = 128;
 /// Longer texts are tokenised in pieces cut at line ends, so that memory stays small and all cores work.
 const PIECE: usize = 256 << 10;
@@ -84,7 +85,11 @@ impl Tokens {
             let message = format!("the tokenizer has ids up to {}, more than margay packs", tokenizer.largest_id());
             return Err(Error::new(Kind::Data, message));
         }
-        let joins = Around { text: tokenizer.joins(settings)?, alpaca: tokenizer.alpaca_joins(settings)? };
+        let joins = Around {
+            text: tokenizer.joins(settings)?,
+            alpaca: tokenizer.alpaca_joins(settings)?,
+            chat: tokenizer.chat_joins(settings)?,
+        };
         let key = key(files, settings, tokenizer, &joins)?;
         fs::create_dir_all(cache_dir).map_err(|e| Error::io("create", cache_dir, e))?;
         let path = cache_dir.join(format!("{}.tokens", &hex(&key)[..32]));
@@ -139,11 +144,12 @@ fn head(key: &[u8; 32], tokens: &[u8; 32], counts: &Counts) -> Vec<u8> {
     [MAGIC.as_slice(), key, tokens, counts.as_flattened()].concat()
 }
 
-/// The tokens put around plain documents and around Alpaca examples.
+/// The tokens put around plain documents, Alpaca examples and conversations.
 #[derive(Debug)]
 struct Around {
     text: Joins,
     alpaca: Joins,
+    chat: Joins,
 }
 
 fn key(files: &[PathBuf], settings: &recipe::Data, tokenizer: &Tokenizer, joins: &Around) -> Result<[u8; 32]> {
@@ -151,6 +157,7 @@ fn key(files: &[PathBuf], settings: &recipe::Data, tokenizer: &Tokenizer, joins:
     hash.update(MAGIC);
     let recipe::Data { field, format, mask_prompt, .. } = settings;
     hash.update(format!("{} {joins:?} {format:?} {mask_prompt} {field:?} ", tokenizer.digest()));
+    hash.update(tokenizer.chat_template().map_or_else(String::new, |template| template.identity()));
     let mut buffer = vec![0; 1 << 20];
     for path in files {
         let mut file = sources::open(path)?;
@@ -173,7 +180,8 @@ struct Part {
     text: String,
     bos: Option<u32>,
     eos: Option<u32>,
-    masked: bool,
+    /// The bytes whose tokens the loss counts, ascending.
+    learned: Vec<Range<usize>>,
 }
 
 /// Tokenises documents into a cache file.
@@ -232,20 +240,46 @@ impl<'a> Writer<'a> {
     }
 
     fn add(&mut self, document: sources::Document) -> Result<()> {
-        let joins = if document.prompt.is_some() { self.around.alpaca } else { self.around.text };
-        let mut bos = joins.bos;
-        if let Some(text) = document.prompt {
-            self.push(Part { text, bos: bos.take(), eos: None, masked: self.mask_prompt })?;
+        match document.content {
+            Content::Text(text) => self.add_text(text, self.around.text),
+            Content::Answer { prompt, answer } => {
+                let Joins { bos, eos } = self.around.alpaca;
+                let learned = if self.mask_prompt { Vec::new() } else { whole() };
+                self.push(Part { text: prompt, bos, eos: None, learned })?;
+                self.add_text(answer, Joins { bos: None, eos })
+            }
+            Content::Chat(chat) => self.add_chat(&chat).map_err(|mut e| {
+                e.message = format!("{}: {}", document.origin, e.message);
+                e
+            }),
         }
-        let mut rest = document.text;
+    }
+
+    fn add_text(&mut self, mut rest: String, Joins { mut bos, eos }: Joins) -> Result<()> {
         while rest.len() > PIECE {
             let limit = rest.floor_char_boundary(PIECE);
             let cut = rest[..limit].rfind('\n').map_or(limit, |at| at + 1);
             let tail = rest.split_off(cut);
-            self.push(Part { text: rest, bos: bos.take(), eos: None, masked: false })?;
+            self.push(Part { text: rest, bos: bos.take(), eos: None, learned: whole() })?;
             rest = tail;
         }
-        self.push(Part { text: rest, bos, eos: joins.eos, masked: false })
+        self.push(Part { text: rest, bos, eos, learned: whole() })
+    }
+
+    /// A conversation is encoded whole, as a program that chats encodes it; what is masked is found by its bytes.
+    fn add_chat(&mut self, chat: &Chat) -> Result<()> {
+        let Some(template) = self.tokenizer.chat_template() else {
+            return Err(Error::new(Kind::Data, "a conversation, but the model has no chat template").hint(
+                "put the `chat_template.jinja` that fits into the model's folder; rows with a field of plain text are \
+                 read with `--set data.format=text`",
+            ));
+        };
+        let Joins { bos, eos } = self.around.chat;
+        if self.mask_prompt {
+            let rendered = template.conversation(chat)?;
+            return self.push(Part { text: rendered.text, bos, eos, learned: rendered.answers });
+        }
+        self.push(Part { text: template.render(chat, false)?, bos, eos, learned: whole() })
     }
 
     fn push(&mut self, part: Part) -> Result<()> {
@@ -263,17 +297,23 @@ impl<'a> Writer<'a> {
         let encodings = self.tokenizer.encode_batch(parts.iter().map(|p| p.text.as_str()).collect())?;
         let mut tokens = Vec::new();
         for (part, encoding) in parts.iter().zip(&encodings) {
-            tokens.extend(part.bos.map(|id| Token::new(id, 0, part.masked)));
+            // An empty answer still ends with what is to be learned.
+            let masked = part.learned.is_empty();
+            tokens.extend(part.bos.map(|id| Token::new(id, 0, masked)));
             // A token stands for the text from the end of the one before it to its own end, the last one for all that
             // is left; what does not fit goes to the next token, so that the sum stays exact.
             let (mut seen, last) = (0, encoding.len().saturating_sub(1));
-            for (i, (&id, &(_, end))) in encoding.get_ids().iter().zip(encoding.get_offsets()).enumerate() {
+            let mut learned = part.learned.iter().peekable();
+            for (i, (&id, &(start, end))) in encoding.get_ids().iter().zip(encoding.get_offsets()).enumerate() {
+                let begin = start.min(seen);
                 let end = if i == last { part.text.len() } else { end };
                 let bytes = end.saturating_sub(seen).min(Token::MAX_BYTES);
                 seen += bytes;
-                tokens.push(Token::new(id, bytes, part.masked));
+                while learned.next_if(|range| range.end <= begin).is_some() {}
+                let masked = learned.peek().is_none_or(|range| range.start >= end && range.start > begin);
+                tokens.push(Token::new(id, bytes, masked));
             }
-            tokens.extend(part.eos.map(|id| Token::new(id, 0, part.masked)));
+            tokens.extend(part.eos.map(|id| Token::new(id, 0, masked)));
             self.counts.bytes += seen as u64;
         }
         self.counts.tokens += tokens.len() as u64;
@@ -282,6 +322,12 @@ impl<'a> Writer<'a> {
         self.hash.update(&bytes);
         self.out.write_all(&bytes).map_err(|e| Error::io("write to", self.dir, e))
     }
+}
+
+/// All there is, tokens at the very end that stand for no bytes too.
+#[allow(clippy::single_range_in_vec_init)]
+fn whole() -> Vec<Range<usize>> {
+    vec![0..usize::MAX]
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The file formats text is read from, and the Alpaca prompt.
+//! The file formats text is read from, the Alpaca prompt, and the two ways conversations are kept.
 
 use std::fmt;
 use std::fs;
@@ -12,6 +12,7 @@ use parquet::record::reader::RowIter;
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
+use super::chat::{ASSISTANT, Chat};
 use super::sources::open;
 use crate::error::{Error, Kind, Result, closest};
 use crate::recipe::{self, Format};
@@ -22,12 +23,22 @@ pub const EXTENSIONS: &[&str] = &[".txt", ".md", ".jsonl", ".json", ".parquet"];
 /// One text of a source.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Document {
-    /// What the answer `text` responds to, the template filled in; only Alpaca rows have one.
-    pub prompt: Option<String>,
-    pub text: String,
+    pub content: Content,
     pub origin: Origin,
     /// Bytes of the file this document took up, for progress.
     pub size: u64,
+}
+
+/// What a row holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Content {
+    Text(String),
+    /// An Alpaca row: the prompt is the template filled in.
+    Answer {
+        prompt: String,
+        answer: String,
+    },
+    Chat(Chat),
 }
 
 /// Where a document came from; displays as `` `file` line 3 ``.
@@ -55,10 +66,13 @@ pub(super) fn read<'a>(path: &Path, settings: &'a recipe::Data) -> Result<Docume
         Some(".jsonl") => json_lines(path, settings),
         Some(".json") => json(path, settings),
         Some(".parquet") => parquet(path, settings),
-        Some(_) if settings.format != Format::Alpaca => text(path),
+        Some(_) if matches!(settings.format, Format::Auto | Format::Text) => text(path),
         None if settings.format == Format::Text => text(path),
-        Some(_) => Err(Error::new(Kind::Data, format!("`{name}` is plain text, but `data.format` is `alpaca`"))
-            .hint("Alpaca rows come from .jsonl, .json and .parquet")),
+        Some(_) => {
+            let format = if settings.format == Format::Chat { "chat" } else { "alpaca" };
+            Err(Error::new(Kind::Data, format!("`{name}` is plain text, but `data.format` is `{format}`"))
+                .hint("such rows come from .jsonl, .json and .parquet"))
+        }
         None => Err(Error::new(Kind::Data, format!("`{name}` has no known format")).hint(format!(
             "known formats: {}; to read it as plain text: `--set data.format=text`",
             EXTENSIONS.join(", ")
@@ -85,8 +99,9 @@ fn not_utf8(path: &Path, offset: u64, line: usize) -> Error {
 fn text<'a>(path: &Path) -> Result<Documents<'a>> {
     let text = read_text(path)?;
     let origin = Origin { file: path.into(), position: None };
-    let document = Document { prompt: None, size: text.len() as u64, text, origin };
-    Ok(Box::new(Some(document).filter(|d| !d.text.is_empty()).map(Ok).into_iter()))
+    let size = text.len() as u64;
+    let document = (!text.is_empty()).then_some(Document { content: Content::Text(text), origin, size });
+    Ok(Box::new(document.map(Ok).into_iter()))
 }
 
 fn json_lines<'a>(path: &Path, settings: &'a recipe::Data) -> Result<Documents<'a>> {
@@ -148,7 +163,11 @@ fn parquet<'a>(path: &Path, settings: &'a recipe::Data) -> Result<Documents<'a>>
     let columns = metadata.schema().get_fields();
     let names: Vec<&str> = columns.iter().map(|c| c.name()).collect();
     let shape = Shape::of(&names, settings).map_err(|e| e.at(&Origin { file: file.clone(), position: None }))?;
-    let wanted: &[&str] = if shape == Shape::Alpaca { &ALPACA } else { &[&settings.field] };
+    let wanted: &[&str] = match shape {
+        Shape::Text => &[&settings.field],
+        Shape::Alpaca => &ALPACA,
+        Shape::Chat(field) => &[field, TOOLS],
+    };
     let fields = columns.iter().filter(|c| wanted.contains(&c.name())).cloned().collect();
     let projection = Type::group_type_builder(metadata.schema().name()).with_fields(fields).build().map_err(broken)?;
     let rows = RowIter::from_file_into(Box::new(reader)).project(Some(projection)).map_err(broken)?;
@@ -158,19 +177,8 @@ fn parquet<'a>(path: &Path, settings: &'a recipe::Data) -> Result<Documents<'a>>
         row.and_then(|row| {
             let mut map = Map::new();
             for (name, field) in row.into_columns() {
-                let value = match field {
-                    Field::Str(text) => Value::String(text),
-                    // Strings of writers that do not annotate them.
-                    Field::Bytes(bytes) => Value::String(
-                        str::from_utf8(bytes.data())
-                            .map_err(|_| Error::new(Kind::Data, format!("{origin}: `{name}` is not UTF-8 text")))?
-                            .to_owned(),
-                    ),
-                    Field::Null => Value::Null,
-                    _ => {
-                        return Err(Error::new(Kind::Data, format!("{origin}: column `{name}` does not hold strings")));
-                    }
-                };
+                let value =
+                    value(field).map_err(|what| Error::new(Kind::Data, format!("{origin}: column `{name}` {what}")))?;
                 map.insert(name, value);
             }
             document(Value::Object(map), origin, size, settings)
@@ -180,13 +188,39 @@ fn parquet<'a>(path: &Path, settings: &'a recipe::Data) -> Result<Documents<'a>>
     Ok(Box::new(rows.enumerate().filter_map(read)))
 }
 
+/// A parquet field as JSON; the error says what it holds instead.
+fn value(field: Field) -> Result<Value, &'static str> {
+    Ok(match field {
+        Field::Str(text) => Value::String(text),
+        // Strings of writers that do not annotate them.
+        Field::Bytes(bytes) => str::from_utf8(bytes.data()).map_err(|_| "is not UTF-8 text")?.into(),
+        Field::Null => Value::Null,
+        Field::Bool(flag) => flag.into(),
+        Field::Int(number) => number.into(),
+        Field::Long(number) => number.into(),
+        Field::Double(number) => number.into(),
+        Field::ListInternal(list) => list.elements().iter().cloned().map(value).collect::<Result<_, _>>()?,
+        Field::Group(row) => {
+            let columns = row.into_columns().into_iter().map(|(name, field)| value(field).map(|v| (name, v)));
+            Value::Object(columns.collect::<Result<_, _>>()?)
+        }
+        _ => return Err("does not hold strings"),
+    })
+}
+
 const ALPACA: [&str; 3] = ["instruction", "input", "output"];
+
+/// Where rows keep conversations: OpenAI's name and ShareGPT's.
+const CHAT: [&str; 2] = ["messages", "conversations"];
+const TOOLS: &str = "tools";
 
 /// How a row becomes text.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Shape {
+enum Shape<'a> {
     Text,
     Alpaca,
+    /// With the field of the conversation.
+    Chat(&'a str),
 }
 
 /// A field that is not there; becomes an error once the place is known.
@@ -210,15 +244,21 @@ impl Missing {
     }
 }
 
-impl Shape {
-    /// What a row with these fields is: `auto` takes rows with `instruction` and `output` as Alpaca.
-    fn of(names: &[&str], settings: &recipe::Data) -> Result<Self, Missing> {
+impl<'a> Shape<'a> {
+    /// What a row with these fields is: `auto` takes rows with `instruction` and `output` as Alpaca, then those with
+    /// `messages` or `conversations` as conversations; `chat` takes them from `data.field` too.
+    fn of(names: &[&str], settings: &'a recipe::Data) -> Result<Self, Missing> {
         let lacking = |wanted: &[&str]| wanted.iter().find(|w| !names.contains(w)).map(|w| w.to_string());
         let alpaca = lacking(&["instruction", "output"]);
-        let (shape, missing) = match settings.format {
-            Format::Alpaca => (Shape::Alpaca, alpaca),
-            Format::Auto if alpaca.is_none() => (Shape::Alpaca, None),
-            Format::Auto | Format::Text => (Shape::Text, lacking(&[&settings.field])),
+        let chat = CHAT.into_iter().find(|field| names.contains(field)).map(Shape::Chat);
+        let (shape, missing) = match (settings.format, chat) {
+            (Format::Alpaca, _) => (Shape::Alpaca, alpaca),
+            (Format::Auto, _) if alpaca.is_none() => (Shape::Alpaca, None),
+            (Format::Auto | Format::Chat, Some(chat)) => (chat, None),
+            (Format::Chat, None) => {
+                (Shape::Chat(&settings.field), lacking(&[&settings.field]).map(|_| CHAT[0].to_string()))
+            }
+            (Format::Auto | Format::Text, _) => (Shape::Text, lacking(&[&settings.field])),
         };
         match missing {
             None => Ok(shape),
@@ -246,16 +286,55 @@ fn document(row: Value, origin: Origin, size: u64, settings: &recipe::Data) -> R
             Err(Error::new(Kind::Data, format!("{origin}: `{name}` is {found}, not a string")))
         }
     };
-    let (prompt, text) = match shape {
-        Shape::Text => (None, take(&settings.field)?),
+    let content = match shape {
+        Shape::Text => Content::Text(take(&settings.field)?),
         Shape::Alpaca => {
             let (instruction, answer) = (take("instruction")?, take("output")?);
             let input = row.get("input").and_then(Value::as_str).unwrap_or("");
-            (Some(alpaca_prompt(&instruction, input)), answer)
+            Content::Answer { prompt: alpaca_prompt(&instruction, input), answer }
+        }
+        Shape::Chat(field) => {
+            let messages = messages(row.remove(field).unwrap_or_default())
+                .map_err(|what| Error::new(Kind::Data, format!("{origin}: `{field}` {what}")))?;
+            Content::Chat(Chat { messages, tools: row.remove(TOOLS).filter(Value::is_array).unwrap_or_default() })
         }
     };
-    let empty = prompt.is_none() && text.is_empty();
-    Ok((!empty).then_some(Document { prompt, text, origin, size }))
+    let empty = match &content {
+        Content::Text(text) => text.is_empty(),
+        Content::Answer { .. } => false,
+        Content::Chat(chat) => chat.messages.is_empty(),
+    };
+    Ok((!empty).then_some(Document { content, origin, size }))
+}
+
+/// The messages of a conversation, ShareGPT's `from` and `value` under the names that templates read. The error says
+/// what is wrong.
+fn messages(conversation: Value) -> Result<Vec<Value>, String> {
+    let Value::Array(messages) = conversation else {
+        return Err(format!("is {}, not a list of messages", kind(&conversation)));
+    };
+    let named = |(i, message): (usize, Value)| {
+        let Value::Object(mut message) = message else {
+            return Err(format!("has {} as message {}", kind(&message), i + 1));
+        };
+        if let (Some(Value::String(from)), None) = (message.get("from"), message.get("role")) {
+            let role = match from.as_str() {
+                "human" => "user",
+                "gpt" | "chatgpt" | "model" => ASSISTANT,
+                other => other,
+            };
+            message.insert("role".into(), role.into());
+            message.remove("from");
+            if let Some(value) = message.remove("value") {
+                message.insert("content".into(), value);
+            }
+        }
+        match message.get("role") {
+            Some(Value::String(_)) => Ok(Value::Object(message)),
+            _ => Err(format!("has no `role` (or `from`) in message {}", i + 1)),
+        }
+    };
+    messages.into_iter().enumerate().map(named).collect()
 }
 
 fn kind(value: &Value) -> &'static str {

@@ -4,12 +4,14 @@
 //! sources → documents → tokens (BOS/EOS between them) → rows of row_len + 1 tokens → train / validation
 //! ```
 //!
-//! [`sources`] finds the files and reads documents, [`tokenizer`] turns them into ids, a memory-mapped cache keeps those.
+//! [`sources`] finds the files and reads documents, [`chat`] writes conversations as the model's template does,
+//! [`tokenizer`] turns text into ids, a memory-mapped cache keeps those.
 //! A [`Corpus`] cuts the token stream into rows and splits the rows by a seeded shuffle; a [`Split`] hands out
 //! sequences, whole rows or equal pieces of them. Order and batches depend on seed and position alone, so that a
 //! resumed run sees exactly the data an uninterrupted one would.
 
 mod cache;
+pub mod chat;
 mod choice;
 mod formats;
 mod recall;
@@ -24,6 +26,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 
+pub use chat::{Chat, ChatTemplate};
 pub use choice::{ChoiceItem, read_choices};
 pub use formats::alpaca_prompt;
 pub use recall::{RecallItem, read_recall};

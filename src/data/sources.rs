@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::recipe;
 
-pub use super::formats::{Document, EXTENSIONS, Origin};
+pub use super::formats::{Content, Document, EXTENSIONS, Origin};
 
 /// Brings the files of a hub data set.
 type Fetch<'a> = &'a dyn Fn(&HubId) -> Result<Vec<PathBuf>>;

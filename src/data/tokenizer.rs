@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::chat::ChatTemplate;
 use super::hex;
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{self, Join};
@@ -21,6 +22,7 @@ pub struct Tokenizer {
     /// `add_bos_token` of `tokenizer_config.json` is true.
     configured_bos: bool,
     adds_eos: bool,
+    chat: Option<ChatTemplate>,
     largest_id: u32,
     digest: String,
 }
@@ -89,7 +91,8 @@ impl Tokenizer {
         let largest_id = inner.get_vocab(true).into_values().max().unwrap_or(0);
         let digest = hex(&Sha256::digest(&bytes));
         let configured_bos = configured_bos == Some(true);
-        Ok(Tokenizer { inner, lead, bos, eos, stops, configured_bos, adds_eos, largest_id, digest })
+        let chat = ChatTemplate::open(dir)?;
+        Ok(Tokenizer { inner, lead, bos, eos, stops, configured_bos, adds_eos, chat, largest_id, digest })
     }
 
     /// The token that begins a text, where there is one.
@@ -106,6 +109,11 @@ impl Tokenizer {
     /// list.
     pub fn stops(&self) -> &[u32] {
         &self.stops
+    }
+
+    /// The chat template of the model's folder, where there is one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat.as_ref()
     }
 
     /// Number of tokens, added ones included.
@@ -209,6 +217,12 @@ impl Tokenizer {
         Ok(Joins { bos, eos: self.join("eos", settings.eos, self.eos, true)? })
     }
 
+    /// The tokens around a conversation: none, its template writes them.
+    pub fn chat_joins(&self, settings: &recipe::Data) -> Result<Joins> {
+        let bos = self.join("bos", settings.bos, self.bos, false)?;
+        Ok(Joins { bos, eos: self.join("eos", settings.eos, self.eos, false)? })
+    }
+
     fn adds_bos(&self) -> bool {
         self.bos.is_some_and(|bos| self.lead.contains(&bos))
     }
@@ -276,7 +290,7 @@ fn failed(e: tokenizers::Error) -> Error {
 }
 
 /// A JSON file that may be missing (`null` then).
-fn optional_json(path: &Path) -> Result<Value> {
+pub(super) fn optional_json(path: &Path) -> Result<Value> {
     match fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map_err(|e| Error::new(Kind::Checkpoint, format!("`{}` is not JSON: {e}", path.display()))),

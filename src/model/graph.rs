@@ -253,6 +253,11 @@ impl<'a> Graph<'a> {
         }
     }
 
+    /// Steps that are left.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
     pub fn greedy(&self) -> Result<Vec<u32>> {
         self.buffers.tokens.to_vec1()
     }

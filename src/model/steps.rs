@@ -51,6 +51,28 @@ impl<'a> Steps<'a> {
         Ok(())
     }
 
+    /// Feeds tokens of the one sequence there is: in one pass where steps are plain ones.
+    pub fn feed(&mut self, tokens: &[u32]) -> TensorResult<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(graph) = &mut self.graph {
+            return tokens.iter().try_for_each(|token| graph.step(&[*token]));
+        }
+        let ids = Tensor::new(tokens, &self.decoder.device)?.unsqueeze(0)?;
+        let hidden = self.decoder.extend(&ids, self.net, &mut self.states)?;
+        let last = hidden.narrow(1, tokens.len() - 1, 1)?.flatten(0, 1)?.contiguous()?;
+        self.logits = Some(self.decoder.logits(&last)?);
+        Ok(())
+    }
+
+    /// How many more tokens memory was set aside for; `None` where it grows.
+    pub fn room(&self) -> Option<usize> {
+        #[cfg(feature = "cuda")]
+        let room = self.graph.as_ref().map(|graph| graph.room());
+        #[cfg(not(feature = "cuda"))]
+        let room = None;
+        room
+    }
+
     /// The most likely token of every sequence after the last step; the first of equals.
     pub fn greedy(&self) -> TensorResult<Vec<u32>> {
         #[cfg(feature = "cuda")]

@@ -103,7 +103,7 @@ pub struct Data {
     pub field: String,
     /// How rows become text.
     pub format: Format,
-    /// In Alpaca rows, train on the answer only.
+    /// In Alpaca rows and conversations, train on the answers only.
     pub mask_prompt: bool,
     /// Text to measure on, read like `sources`, which then train as a whole; without it a share of them is held back.
     pub held_out: Vec<String>,
@@ -125,10 +125,12 @@ pub struct Data {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// By file name and content: `.txt`/`.md` text, `.jsonl` by its fields, `.json` Alpaca, `.parquet`.
+    /// By file name and content: `.txt`/`.md` text, the rows of `.jsonl`, `.json` and `.parquet` by their fields.
     Auto,
     Text,
     Alpaca,
+    /// Rows with `messages` (`role`, `content`) or `conversations` (`from`, `value`), by the model's chat template.
+    Chat,
 }
 
 /// Whether a token is put between documents.
