@@ -215,7 +215,7 @@ mod tests {
     #[test]
     fn last_axes_are_joined() {
         let (x, weight) = (input("randn", &[2, 40, 3, 4], 1), input("randn", &[7, 12], 2));
-        check("joined axes", &[x.clone()], 2e-6, |x| super::linear(&x[0], &weight.to_dtype(x[0].dtype())?));
+        check("joined axes", std::slice::from_ref(&x), 2e-6, |x| super::linear(&x[0], &weight.to_dtype(x[0].dtype())?));
         assert_eq!(super::linear(&x, &weight).unwrap().dims(), [2, 40, 7]);
         assert!(super::linear(&x, &input("randn", &[7, 10], 2)).is_err());
     }
