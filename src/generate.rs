@@ -81,11 +81,11 @@ pub fn generate(
     stops: &[u32],
     each: impl FnMut(u32) -> Result<bool>,
 ) -> Result<Generated> {
-    Session::new(model, most).generate(prompt, sampler, most, stops, each)
+    Continuation::new(model, most).generate(prompt, sampler, most, stops, each)
 }
 
 /// A text that is continued more than once: all that was read and written is kept as the state of each layer.
-pub struct Session<'a> {
+pub struct Continuation<'a> {
     model: Subject<'a>,
     room: usize,
     steps: Option<Steps<'a>>,
@@ -93,10 +93,10 @@ pub struct Session<'a> {
     unread: Option<u32>,
 }
 
-impl<'a> Session<'a> {
+impl<'a> Continuation<'a> {
     /// An empty text. Where decoding works in fixed memory, that holds `room` tokens behind the first prompt.
     pub fn new(model: Subject<'a>, room: usize) -> Self {
-        Session { model, room, steps: None, unread: None }
+        Continuation { model, room, steps: None, unread: None }
     }
 
     /// Whether `tokens` more fit behind what was read; [`generate`](Self::generate) fails where its prompt and its tokens do not.

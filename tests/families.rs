@@ -13,7 +13,7 @@ use margay::checkpoint::Config;
 use margay::error::{Error, Kind};
 use margay::evaluate::Subject;
 use margay::families::{self, Rope, RopeScaling};
-use margay::generate::{Sampler, Session, generate};
+use margay::generate::{Continuation, Sampler, generate};
 use margay::model::{Decoder, Net};
 use margay::ops::head_loss::{Target, measure};
 use random::{close, close_slices, flat, randn};
@@ -64,15 +64,15 @@ fn matches_reference(folder: &Path) {
     assert_eq!(new, greedy);
 
     // Read and written by turns: the last token of a turn is read with the next.
-    let (mut session, mut turns) = (Session::new(subject, greedy.len()), Vec::new());
+    let (mut continuation, mut turns) = (Continuation::new(subject, greedy.len()), Vec::new());
     for (read, write) in [(&prompt[..], 3), (&greedy[3..5], greedy.len() - 5)] {
         turns.extend_from_slice(if turns.is_empty() { &[] } else { read });
-        assert!(session.fits(read.len() + write));
+        assert!(continuation.fits(read.len() + write));
         let each = |id| {
             turns.push(id);
             Ok(true)
         };
-        session.generate(read, &mut Sampler::greedy(), write, &[], each).unwrap();
+        continuation.generate(read, &mut Sampler::greedy(), write, &[], each).unwrap();
     }
     assert_eq!(turns, greedy);
 

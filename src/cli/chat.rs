@@ -6,7 +6,7 @@ use margay::data::chat::ASSISTANT;
 use margay::data::{Chat, ChatTemplate};
 use margay::error::{Error, Kind, Result};
 use margay::evaluate::Subject;
-use margay::generate::{Generated, Session};
+use margay::generate::{Continuation, Generated};
 
 use super::generate::Writer;
 use super::output::Output;
@@ -20,8 +20,8 @@ pub struct Conversation<'a> {
     template: &'a ChatTemplate,
     writer: Writer<'a>,
     chat: Chat,
-    session: Session<'a>,
-    /// The text the session has read and written; the token that ended it is not in it.
+    continuation: Continuation<'a>,
+    /// The text the continuation has read and written; the token that ended it is not in it.
     seen: String,
 }
 
@@ -29,8 +29,8 @@ impl<'a> Conversation<'a> {
     pub fn new(model: Subject<'a>, template: &'a ChatTemplate, writer: Writer<'a>, system: Option<&str>) -> Self {
         let mut chat = Chat::default();
         system.into_iter().for_each(|text| chat.push("system", text));
-        let session = Session::new(model, ROOM.max(writer.most));
-        Conversation { model, template, writer, chat, session, seen: String::new() }
+        let continuation = Continuation::new(model, ROOM.max(writer.most));
+        Conversation { model, template, writer, chat, continuation, seen: String::new() }
     }
 
     /// Sends `message` and writes the answer as it comes; how many tokens were read for it, and what was done.
@@ -42,14 +42,14 @@ impl<'a> Conversation<'a> {
         let text = self.template.render(&self.chat, true)?;
         let new = text.strip_prefix(self.seen.as_str()).filter(|_| !self.seen.is_empty());
         let mut prompt = new.map_or(Ok(Vec::new()), |new| self.writer.tokenizer.encode(new))?;
-        if prompt.is_empty() || !self.session.fits(prompt.len() + self.writer.most) {
+        if prompt.is_empty() || !self.continuation.fits(prompt.len() + self.writer.most) {
             prompt = self.writer.tokenizer.encode(&text)?;
-            self.session = Session::new(self.model, ROOM.max(self.writer.most));
+            self.continuation = Continuation::new(self.model, ROOM.max(self.writer.most));
         }
         if prompt.is_empty() {
             return Err(Error::new(Kind::Usage, "the chat template makes no text of the conversation"));
         }
-        let (answer, done) = self.writer.write(&mut self.session, &prompt, out)?;
+        let (answer, done) = self.writer.write(&mut self.continuation, &prompt, out)?;
         self.seen = text + &answer;
         self.chat.push(ASSISTANT, &answer);
         Ok((prompt.len(), done))

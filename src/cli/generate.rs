@@ -8,7 +8,7 @@ use margay::convert::plan::bytes;
 use margay::data::{ChatTemplate, Tokenizer};
 use margay::error::{Error, Kind, Result};
 use margay::evaluate::Subject;
-use margay::generate::{Generated, Sampler, Session};
+use margay::generate::{Continuation, Generated, Sampler};
 use margay::progress::Progress;
 
 use super::DeviceArg;
@@ -81,7 +81,7 @@ impl Generate {
             stops: if self.ignore_eos { &[] } else { tokenizer.stops() },
         };
         let (read, done) = match template {
-            None => (prompt.len(), writer.write(&mut Session::new(model, self.max_tokens), &prompt, out)?.1),
+            None => (prompt.len(), writer.write(&mut Continuation::new(model, self.max_tokens), &prompt, out)?.1),
             Some(template) => {
                 let mut conversation = Conversation::new(model, template, writer, self.system.as_deref());
                 match text {
@@ -130,10 +130,15 @@ pub struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// Lets `session` read `prompt` and go on; the text it wrote.
-    pub fn write(&mut self, session: &mut Session, prompt: &[u32], out: &Output) -> Result<(String, Generated)> {
+    /// Lets `continuation` read `prompt` and go on; the text it wrote.
+    pub fn write(
+        &mut self,
+        continuation: &mut Continuation,
+        prompt: &[u32],
+        out: &Output,
+    ) -> Result<(String, Generated)> {
         let (mut stream, mut text) = (self.tokenizer.stream(prompt)?, String::new());
-        let done = session.generate(prompt, &mut self.sampler, self.most, self.stops, |id| {
+        let done = continuation.generate(prompt, &mut self.sampler, self.most, self.stops, |id| {
             let piece = stream.push(id)?;
             out.data(&piece)?;
             text.push_str(&piece);
