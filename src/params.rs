@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::families::{Architecture, Projection};
-use crate::ops::linear::{linear, linear_with};
+use crate::ops::linear::{linear, project};
 
 /// One trainable tensor: f32 whatever the model's precision, because low-precision updates vanish.
 #[derive(Clone)]
@@ -211,24 +211,19 @@ impl Adapters {
         Ok(())
     }
 
-    /// What the changes of a projection add for input `x` [.., in], where there are any. `noise` seeds dropout.
+    /// What the changes of a projection add for input `x` [rows, in], where there are any. `noise` seeds dropout.
     pub fn apply(&self, layer: usize, p: Projection, x: &Tensor, noise: Option<u64>) -> Result<Option<Tensor>> {
         let Some(changes) = self.changes.get(&(layer, p)) else { return Ok(None) };
         let stream = (layer * 8 + p as usize) as u64;
-        let mut shape = x.dims().to_vec();
-        let inner = shape.pop().unwrap_or(0);
-        let x = x.reshape((x.elem_count() / inner, inner))?;
         let mut sum: Option<Tensor> = None;
         for change in changes {
-            let y = change.apply(&x, noise.filter(|_| change.trains).map(|seed| (seed, stream)))?;
+            let y = change.apply(x, noise.filter(|_| change.trains).map(|seed| (seed, stream)))?;
             sum = Some(match sum {
                 Some(sum) => (sum + y)?,
                 None => y,
             });
         }
-        let Some(y) = sum else { return Ok(None) };
-        shape.push(y.dim(1)?);
-        y.reshape(shape).map(Some)
+        Ok(sum)
     }
 
     /// A [R, in] and B [rows of all, R] of all changes of a stack's projections together, in f32, where they are LoRA and
@@ -399,6 +394,8 @@ pub struct Stack {
     /// [rows of all, in]
     weight: Tensor,
     bias: Option<Tensor>,
+    /// Channels of a head, where the result is heads.
+    head_dim: Option<usize>,
 }
 
 impl Stack {
@@ -422,7 +419,12 @@ impl Stack {
         };
         let weights: Vec<Tensor> = parts.into_iter().map(|(_, weight, _)| weight).collect();
         let weight = if let [one] = weights.as_slice() { one.clone() } else { Tensor::cat(&weights, 0)? };
-        Ok(Stack { members, weight, bias })
+        Ok(Stack { members, weight, bias, head_dim: None })
+    }
+
+    /// The same whose results are heads of `dim` channels: [.., heads of all, dim].
+    pub fn in_heads(self, dim: usize) -> Stack {
+        Stack { head_dim: Some(dim), ..self }
     }
 
     fn member(&self, p: Projection) -> Option<(usize, usize)> {
@@ -447,39 +449,38 @@ impl Stack {
         }
     }
 
-    /// All projections of `x` [.., in] side by side, [.., rows of all], with what adapters of `layer` add.
+    /// The gradient [B, T, in] of the input of the unchanged products from that of their results, [B, T, rows of all].
+    pub fn pull_back(&self, gradient: &Tensor) -> Result<Tensor> {
+        let (b, t, _) = gradient.dims3()?;
+        gradient.flatten(0, 1)?.matmul(&self.weight)?.reshape((b, t, ()))
+    }
+
+    /// All projections of `x` [.., in] side by side, [.., rows of all] or as heads, with what adapters of `layer` add.
     pub fn apply(&self, layer: usize, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> Result<Tensor> {
         let stacked = lora.map(|lora| lora.stacked(layer, self, noise.is_some())).transpose()?.flatten();
-        let mut y = match &stacked {
-            Some((a, b)) => linear_with(x, &self.weight, &a.to_dtype(x.dtype())?, &b.to_dtype(x.dtype())?)?,
-            None => linear(x, &self.weight)?,
+        let stacked = match &stacked {
+            Some((a, b)) => Some((a.to_dtype(x.dtype())?, b.to_dtype(x.dtype())?)),
+            None => None,
         };
+        let mut y = project(x, &self.weight, stacked.as_ref().map(|(a, b)| [a, b]), self.head_dim)?;
         if let Some(bias) = &self.bias {
-            y = y.broadcast_add(bias)?;
+            let bias = self.head_dim.map_or_else(|| Ok(bias.clone()), |dim| bias.reshape(((), dim)))?;
+            y = y.broadcast_add(&bias)?;
         }
         let Some(lora) = lora.filter(|_| stacked.is_none()) else { return Ok(y) };
-        let mut shape = y.dims().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = self.weight.dim(1)?;
-        }
-        let x = &x.reshape(shape)?;
+        let x = &x.reshape(((), self.weight.dim(1)?))?;
         let changes = self.members.iter().map(|(p, ..)| lora.apply(layer, *p, x, noise));
         let changes = changes.collect::<Result<Vec<_>>>()?;
         if changes.iter().all(Option::is_none) {
             return Ok(y);
         }
-        if let [Some(change)] = changes.as_slice() {
-            return y + change;
-        }
-        let mut shape = x.dims().to_vec();
-        let mut parts = Vec::with_capacity(changes.len());
-        for (change, (_, _, rows)) in changes.into_iter().zip(&self.members) {
-            if let Some(last) = shape.last_mut() {
-                *last = *rows;
-            }
-            parts.push(change.map_or_else(|| Tensor::zeros(shape.as_slice(), y.dtype(), y.device()), Ok)?);
-        }
-        y + Tensor::cat(&parts, shape.len() - 1)?
+        let none = |rows: usize| Tensor::zeros((x.dim(0)?, rows), y.dtype(), y.device());
+        let parts = changes.into_iter().zip(&self.members);
+        let parts = parts.map(|(change, (_, _, rows))| change.map_or_else(|| none(*rows), Ok));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        let all = if let [one] = parts.as_slice() { one.clone() } else { Tensor::cat(&parts, 1)? };
+        let all = all.reshape(y.shape())?;
+        y + all
     }
 }
 

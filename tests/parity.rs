@@ -13,8 +13,9 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
 use margay::convert::load::Model;
-use margay::families;
+use margay::families::{self, Projection};
 use margay::model::{Decoder, Net};
+use margay::params::{Adapters, LowRank};
 use margay::progress::Silent;
 use random::{close, flat, randn};
 
@@ -104,7 +105,8 @@ fn positions_of_gpt2_end() {
     assert!(error.contains("512 learned positions"), "{error}");
 }
 
-/// `pull_back` against the slope of the block's output between two points, in f64, for every block of every family. The
+/// `pull_back` against the slope of the block's output between two points, in f64, for every block of every family, as it
+/// is and with adapters on attention and on all projections. The
 /// bound is that of candle's derivative of the tanh GELU, whose constants have six digits.
 #[test]
 fn blocks_have_the_gradient_of_their_output() {
@@ -119,19 +121,35 @@ fn blocks_have_the_gradient_of_their_output() {
         let tables = decoder.tables(0, time).unwrap();
         let random = |seed| randn(&[1, time, a.hidden], seed);
         let (x, way, weights) = (random(1), random(2), random(3));
+        let low_rank = |layer, p: Projection| {
+            let [out, inner] = a.shape(p);
+            LowRank { layer, projection: p, a: randn(&[2, inner], 4), b: randn(&[out, 2], 5), alpha: 0.1 }
+        };
         for layer in 0..a.layers {
             let (block, mixer) = (decoder.block(layer), net.mixers[layer].as_ref());
-            let value = |step: f64| {
-                let y = block.forward(&(&x + (&way * step).unwrap()).unwrap(), mixer, &tables, None, None).unwrap();
-                (y * &weights).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
-            };
-            let step = 1e-6;
-            let slope = (value(step) - value(-step)) / (2.0 * step);
-            let var = Var::from_tensor(&x).unwrap();
-            let scalar = block.pull_back(var.as_tensor(), mixer, &tables, None, None, &weights).unwrap();
-            let gradient = scalar.backward().unwrap().remove(&var).unwrap();
-            let along = (gradient * &way).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
-            assert!((along - slope).abs() < 1e-4 * slope.abs().max(1.0), "{name}, block {layer}: {along}, not {slope}");
+            let dense = a.experts(layer).is_none();
+            let attention = [Projection::Q, Projection::V, Projection::O];
+            let all: Vec<Projection> = Projection::ALL.into_iter().filter(|p| *p != Projection::Gate || a.gated()).collect();
+            for places in [&[][..], &attention, &all].into_iter().take(if dense { 3 } else { 2 }) {
+                let lora = Adapters::of(places.iter().map(|p| low_rank(layer, *p)).collect()).unwrap();
+                let (lora, what) = (Some(&lora), format!("{name}, block {layer}, {} changed", places.len()));
+                let value = |step: f64| {
+                    let x = (&x + (&way * step).unwrap()).unwrap();
+                    block.forward(&x, mixer, &tables, lora, None).unwrap()
+                };
+                let opened = block.open(&x, mixer, &tables, lora, None).unwrap();
+                let apart = (block.close(&opened).unwrap() - value(0.0)).unwrap().abs().unwrap();
+                assert!(apart.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-9, "{what}: another value");
+                let step = 1e-6;
+                let slope = ((value(step) - value(-step)).unwrap() * &weights).unwrap();
+                let slope = slope.sum_all().unwrap().to_scalar::<f64>().unwrap() / (2.0 * step);
+                let var = Var::from_tensor(&x).unwrap();
+                let opened = block.open(var.as_tensor(), mixer, &tables, lora, None).unwrap();
+                let scalar = block.pull_back(opened, &weights).unwrap();
+                let gradient = scalar.backward().unwrap().remove(&var).unwrap();
+                let along = (gradient * &way).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+                assert!((along - slope).abs() < 1e-4 * slope.abs().max(1.0), "{what}: {along}, not {slope}");
+            }
         }
     }
 }

@@ -34,6 +34,19 @@ const SHAPES: &[(&str, &str)] = &[
             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": false}"#,
     ),
     (
+        "qwen2.5-7b",
+        r#"{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+            "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": false}"#,
+    ),
+    (
+        "qwen3-8b",
+        r#"{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288,
+            "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
+            "attention_bias": false, "tie_word_embeddings": false}"#,
+    ),
+    (
         "hidden-512",
         r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 4,
             "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 1376, "vocab_size": 8192,
@@ -62,7 +75,7 @@ pub fn architecture(name: &str) -> Result<Architecture> {
 mod tests {
     #[test]
     fn every_shape_is_read() {
-        for (name, billions) in [("llama-3.1-8b", 6.98), ("llama-3.2-1b", 0.973), ("mistral-7b", 6.98)] {
+        for (name, billions) in [("llama-3.1-8b", 6.98), ("llama-3.2-1b", 0.973), ("mistral-7b", 6.98), ("qwen2.5-7b", 6.53), ("qwen3-8b", 6.95)] {
             let a = super::architecture(name).unwrap();
             let blocks = (a.layers * a.block_parameters()) as f64 / 1e9;
             assert!((blocks / billions - 1.0).abs() < 0.01, "{name}: {blocks} billion parameters in its blocks");

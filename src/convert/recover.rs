@@ -10,9 +10,8 @@ use candle_core::{DType, Tensor, Var};
 use super::trained::{Trained, trained};
 use crate::data::{Batch, Split};
 use crate::error::Result;
-use crate::model::{Decoder, Net};
+use crate::model::{Decoder, Net, Opened};
 use crate::ops::head_loss::{Sums, Target, head_loss, measure};
-use crate::ops::loss::with_gradient;
 use crate::params::Param;
 use crate::recipe;
 use crate::train::clock::{Clock, Span};
@@ -30,10 +29,10 @@ pub struct Recover<'a> {
     trained: Vec<Trained>,
 }
 
-/// A block's input [B, T, N], and its output with the graph between them where that is kept.
+/// A block's input [B, T, N], and its forward pass where that is kept.
 struct Passed {
     x: Var,
-    y: Option<Tensor>,
+    opened: Option<Opened>,
 }
 
 impl<'a> Recover<'a> {
@@ -100,9 +99,9 @@ impl Task for Recover<'_> {
             let x = Var::from_tensor(&stream)?;
             // Nothing before the first block trains: its input needs no gradient.
             let input = if layer == 0 { stream } else { x.as_tensor().clone() };
-            let y = decoder.block(layer).forward(&input, mixer.as_ref(), &tables, lora, noise)?;
-            stream = y.detach();
-            passed.push(Passed { x, y: (layer + self.kept >= layers).then_some(y) });
+            let opened = decoder.block(layer).open(&input, mixer.as_ref(), &tables, lora, noise)?;
+            stream = decoder.block(layer).close(&opened)?;
+            passed.push(Passed { x, opened: (layer + self.kept >= layers).then_some(opened) });
         }
 
         let last = Var::from_tensor(&stream)?;
@@ -115,16 +114,17 @@ impl Task for Recover<'_> {
         let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
         let mut gradient = loss.backward()?.remove(&last);
 
-        while let (Some(Passed { x, y }), Some(from_above)) = (passed.pop(), gradient.take()) {
+        while let (Some(Passed { x, opened }), Some(from_above)) = (passed.pop(), gradient.take()) {
             let layer = passed.len();
-            let pulled = match y {
-                Some(y) => with_gradient(&y, Tensor::zeros((), DType::F32, y.device())?, from_above)?,
+            let block = decoder.block(layer);
+            let opened = match opened {
+                Some(opened) => opened,
                 None => {
                     let input = if layer == 0 { x.as_detached_tensor() } else { x.as_tensor().clone() };
-                    let mixer = student.mixers[layer].as_ref();
-                    decoder.block(layer).pull_back(&input, mixer, &tables, lora, noise, &from_above)?
+                    block.open(&input, student.mixers[layer].as_ref(), &tables, lora, noise)?
                 }
             };
+            let pulled = block.pull_back(opened, &from_above)?;
             let mut store = pulled.backward()?;
             gradient = store.remove(&x);
             for (slot, trained) in self.trained.iter().enumerate().filter(|(_, t)| t.layer == layer) {

@@ -1,7 +1,7 @@
 //! One block: norm → q, k, v → mixer → o → norm → MLP, each half added to the stream; which norms there are and where
 //! says the family ([`Architecture`]).
 
-use candle_core::{DType, Result as TensorResult, Tensor};
+use candle_core::{Result as TensorResult, Tensor};
 
 use super::Tables;
 use super::experts::Experts;
@@ -10,7 +10,6 @@ use super::norm::Norm;
 use crate::error::Result;
 use crate::families::{Architecture, HeadNorm, Place, Projection, Role};
 use crate::mixers::{Heads, Mixer};
-use crate::ops::loss::with_gradient;
 use crate::ops::{scaled, wide};
 use crate::params::{Adapters, Stack};
 
@@ -19,13 +18,12 @@ pub struct Block {
     layer: usize,
     heads: usize,
     kv_heads: usize,
-    head_dim: usize,
     /// Which of the decoder's rotations.
     rope: usize,
     softcap: Option<f64>,
-    parallel: bool,
+    pub(super) parallel: bool,
     /// What both halves are multiplied by before they join the stream.
-    scale: f64,
+    pub(super) scale: f64,
     /// In the order of [`Place`].
     norms: [Option<Norm>; 4],
     head_norms: Option<HeadNorms>,
@@ -83,7 +81,7 @@ impl Block {
                 down: stack(&[Projection::Down])?,
             }),
         };
-        let qkv = stack(&[Projection::Q, Projection::K, Projection::V])?;
+        let qkv = stack(&[Projection::Q, Projection::K, Projection::V])?.in_heads(a.head_dim);
         let scale = a.query_scale();
         let head_scale = if scale == 1.0 {
             None
@@ -97,7 +95,6 @@ impl Block {
             layer,
             heads: a.heads,
             kv_heads: a.kv_heads,
-            head_dim: a.head_dim,
             rope: a.layer(layer).rope,
             softcap: a.softcap,
             parallel: a.parallel,
@@ -152,12 +149,12 @@ impl Block {
     }
 
     /// `x` behind the norm at a place, where there is one.
-    fn normed(&self, place: Place, x: &Tensor) -> TensorResult<Tensor> {
+    pub(super) fn normed(&self, place: Place, x: &Tensor) -> TensorResult<Tensor> {
         self.norm(place).map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
     }
 
     /// What a half of the block adds to the stream, from what came out of it.
-    fn added(&self, place: Place, y: &Tensor) -> TensorResult<Tensor> {
+    pub(super) fn added(&self, place: Place, y: &Tensor) -> TensorResult<Tensor> {
         scaled(&self.normed(place, y)?, self.scale)
     }
 
@@ -169,10 +166,8 @@ impl Block {
         lora: Option<&Adapters>,
         noise: Option<u64>,
     ) -> TensorResult<Heads<'a>> {
-        let (b, t, _) = x.dims3()?;
         let x = self.normed(Place::BeforeAttention, x)?;
-        let qkv = self.qkv.apply(self.layer, &x, lora, noise)?;
-        let mut qkv = qkv.reshape((b, t, self.heads + 2 * self.kv_heads, self.head_dim))?;
+        let mut qkv = self.qkv.apply(self.layer, &x, lora, noise)?;
         if let Some(norms) = &self.head_norms {
             let (h, g) = (self.heads, self.kv_heads);
             let part = |from, count| qkv.narrow(2, from, count)?.contiguous();
@@ -195,71 +190,16 @@ impl Block {
         self.added(Place::AfterAttention, &y)
     }
 
+    /// What the MLP adds to the stream, [B, T, N], of the stream before its norm.
+    pub(super) fn inner(&self, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
+        self.added(Place::AfterMlp, &self.mlp.forward(&self.normed(Place::BeforeMlp, x)?, lora, noise)?)
+    }
+
     /// The stream [B, T, N] after attention output `y` [B, T, H, D] and the MLP.
     pub fn finish(&self, x: &Tensor, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
-        let (x, inner) = self.middle(x, y, lora, noise)?;
-        x + self.last(&inner, lora, noise)?
-    }
-
-    /// The stream [B, T, N] after attention output `y`, and what the last product of the MLP multiplies, [B, T, I]; with
-    /// experts the input of them all.
-    fn middle(
-        &self,
-        x: &Tensor,
-        y: &Tensor,
-        lora: Option<&Adapters>,
-        noise: Option<u64>,
-    ) -> TensorResult<(Tensor, Tensor)> {
         let after = (x + self.output(y, lora, noise)?)?;
-        let inner = self.normed(Place::BeforeMlp, if self.parallel { x } else { &after })?;
-        let inner = match &self.mlp {
-            Mlp::Dense(mlp) => mlp.inner(&inner, lora, noise)?,
-            Mlp::Experts(_) => inner,
-        };
-        Ok((after, inner))
-    }
-
-    /// What the MLP adds to the stream, from the inside of [`Block::middle`].
-    fn last(&self, inner: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
-        let y = match &self.mlp {
-            Mlp::Dense(mlp) => mlp.down.apply(self.layer, inner, lora, noise)?,
-            Mlp::Experts(experts) => experts.forward(inner)?,
-        };
-        self.added(Place::AfterMlp, &y)
-    }
-
-    /// The weight of the last product, where nothing changes it and nothing but a scale follows.
-    fn last_weight(&self, lora: Option<&Adapters>) -> Option<TensorResult<Tensor>> {
-        let Mlp::Dense(mlp) = &self.mlp else { return None };
-        let changed = lora.is_some_and(|l| l.changes(self.layer, Projection::Down));
-        let plain = !changed && self.norm(Place::AfterMlp).is_none();
-        mlp.down.weight(Projection::Down).filter(|_| plain)
-    }
-
-    /// A scalar whose backward pass carries the gradient `from_above` of the block's output to its input and to
-    /// everything that trains inside. The last product is not done again where nothing changes it: the output's value
-    /// is not needed, only its gradient.
-    pub fn pull_back(
-        &self,
-        x: &Tensor,
-        mixer: &dyn Mixer,
-        tables: &Tables,
-        lora: Option<&Adapters>,
-        noise: Option<u64>,
-        from_above: &Tensor,
-    ) -> TensorResult<Tensor> {
-        let y = mixer.forward(&self.heads(x, tables, lora, noise)?)?;
-        let (x, inner) = self.middle(x, &y, lora, noise)?;
-        let zero = Tensor::zeros((), DType::F32, x.device())?;
-        let stream = with_gradient(&x, zero.clone(), from_above.clone())?;
-        let mlp = match self.last_weight(lora) {
-            Some(weight) => {
-                let from_above = from_above.flatten(0, 1)?.matmul(&weight?)?.reshape(inner.shape())?;
-                with_gradient(&inner, zero, scaled(&from_above, self.scale)?)?
-            }
-            None => with_gradient(&self.last(&inner, lora, noise)?, zero, from_above.clone())?,
-        };
-        stream + mlp
+        let added = self.inner(if self.parallel { x } else { &after }, lora, noise)?;
+        after + added
     }
 
     /// The whole block.

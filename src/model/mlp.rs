@@ -3,8 +3,9 @@
 use candle_core::{D, Result as TensorResult, Tensor};
 
 use super::experts::Experts;
-use crate::families::Activation;
-use crate::ops::swiglu::swiglu;
+use crate::families::{Activation, Projection};
+use crate::ops::loss::pulled;
+use crate::ops::swiglu::{swiglu, swiglu_back};
 use crate::params::{Adapters, Stack};
 
 /// The MLP of a block.
@@ -23,17 +24,68 @@ pub struct Dense {
     pub(super) down: Stack,
 }
 
-impl Dense {
-    /// What `down` multiplies, [B, T, I].
-    pub(super) fn inner(&self, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
-        let x = self.gate_up.apply(self.layer, x, lora, noise)?;
-        match (self.gated, self.activation) {
-            (true, Activation::Silu) => swiglu(&x),
-            (true, activation) => {
-                let n = x.dim(D::Minus1)? / 2;
-                activate(activation, &x.narrow(D::Minus1, 0, n)?)? * x.narrow(D::Minus1, n, n)?
+impl Mlp {
+    /// [B, T, N] of `x` [B, T, N].
+    pub(super) fn forward(&self, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
+        match self {
+            Mlp::Dense(mlp) => {
+                let inner = mlp.inner(&mlp.gate_up.apply(mlp.layer, x, lora, noise)?)?;
+                mlp.down.apply(mlp.layer, &inner, lora, noise)
             }
-            (false, activation) => activate(activation, &x),
+            Mlp::Experts(experts) => experts.forward(x),
+        }
+    }
+
+    /// Whether something changes a weight in here.
+    pub(super) fn is_changed(&self, lora: Option<&Adapters>) -> bool {
+        let parts = [Projection::Gate, Projection::Up, Projection::Down];
+        match self {
+            Mlp::Dense(mlp) => lora.is_some_and(|lora| parts.iter().any(|p| lora.changes(mlp.layer, *p))),
+            Mlp::Experts(_) => false,
+        }
+    }
+
+    /// What the unchanged MLP's value and gradient are computed from: gate and up of `x`, [B, T, 2 I]; with experts `x`.
+    pub(super) fn begin(&self, x: &Tensor) -> TensorResult<Tensor> {
+        match self {
+            Mlp::Dense(mlp) => mlp.gate_up.apply(mlp.layer, x, None, None),
+            Mlp::Experts(_) => Ok(x.clone()),
+        }
+    }
+
+    /// The unchanged MLP's value from there, [B, T, N].
+    pub(super) fn end(&self, begun: &Tensor) -> TensorResult<Tensor> {
+        match self {
+            Mlp::Dense(mlp) => mlp.down.apply(mlp.layer, &mlp.inner(begun)?, None, None),
+            Mlp::Experts(experts) => experts.forward(begun),
+        }
+    }
+
+    /// What the gradient of that value gives the input, both [B, T, N].
+    pub(super) fn pull_back(&self, begun: &Tensor, gradient: &Tensor) -> TensorResult<Tensor> {
+        let mlp = match self {
+            Mlp::Dense(mlp) => mlp,
+            Mlp::Experts(experts) => return pulled(begun, gradient, |x| experts.forward(x)),
+        };
+        let inner = mlp.down.pull_back(gradient)?;
+        let begun = match (mlp.gated, mlp.activation) {
+            (true, Activation::Silu) => swiglu_back(begun, &inner)?,
+            _ => pulled(begun, &inner, |x| mlp.inner(x))?,
+        };
+        mlp.gate_up.pull_back(&begun)
+    }
+}
+
+impl Dense {
+    /// What `down` multiplies, [B, T, I], of gate and up.
+    fn inner(&self, gate_up: &Tensor) -> TensorResult<Tensor> {
+        match (self.gated, self.activation) {
+            (true, Activation::Silu) => swiglu(gate_up),
+            (true, activation) => {
+                let n = gate_up.dim(D::Minus1)? / 2;
+                activate(activation, &gate_up.narrow(D::Minus1, 0, n)?)? * gate_up.narrow(D::Minus1, n, n)?
+            }
+            (false, activation) => activate(activation, gate_up),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! training, changes of its projections. The teacher is the net with `softmax` in every layer, the student another net over the
 //! same weights.
 
+mod backward;
 mod block;
 mod experts;
 #[cfg(feature = "cuda")]
@@ -29,6 +30,7 @@ use crate::progress::Progress;
 
 use norm::Norm;
 
+pub use backward::Opened;
 pub use block::Block;
 pub use steps::Steps;
 

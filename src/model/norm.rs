@@ -4,7 +4,8 @@ use candle_core::{D, Result as TensorResult, Tensor};
 
 use crate::error::Result;
 use crate::families::{Architecture, NormKind, Part};
-use crate::ops::rms_norm::rms_norm;
+use crate::ops::loss::pulled;
+use crate::ops::rms_norm::{rms_norm, rms_norm_back};
 use crate::ops::wide;
 
 /// One norm with its frozen weights.
@@ -46,6 +47,14 @@ impl Norm {
                     None => y.to_dtype(x.dtype()),
                 }
             }
+        }
+    }
+
+    /// What the gradient of [`Norm::forward`]'s result gives `x`.
+    pub fn pull_back(&self, x: &Tensor, gradient: &Tensor) -> TensorResult<Tensor> {
+        match self.kind {
+            NormKind::Rms => rms_norm_back(x, &self.weight, self.eps, gradient),
+            NormKind::RmsShifted | NormKind::Layer => pulled(x, gradient, |x| self.forward(x)),
         }
     }
 }

@@ -6,6 +6,8 @@
 use std::ffi::c_void;
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::result::gemm_strided_batched_ex;
+use candle_core::cuda_backend::cudarc::cublas::sys as cublas;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, sys};
 use candle_core::op::BackpropOp;
 use candle_core::{
@@ -130,6 +132,62 @@ pub fn launch(device: &CudaDevice, what: &str, call: impl FnOnce(*mut c_void) ->
         0 => Ok(()),
         code => bail!("kernel `{what}` failed with CUDA error {code}"),
     }
+}
+
+/// `y += x w`, or `x wᵀ` where w is `turned`: y [rows, columns], x [rows, inner], w [inner, columns] or turned
+/// [columns, inner], all contiguous in one precision, summed in f32.
+pub fn add_product(
+    device: &CudaDevice,
+    dtype: DType,
+    y: *mut c_void,
+    (x, w): (*const c_void, *const c_void),
+    [rows, columns, inner]: [usize; 3],
+    turned: bool,
+) -> Result<()> {
+    use cublas::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType_t};
+    let kind = match dtype {
+        DType::BF16 => cudaDataType_t::CUDA_R_16BF,
+        DType::F32 => cudaDataType_t::CUDA_R_32F,
+        _ => bail!("products have f32 and bf16, not {dtype:?}"),
+    };
+    let one = 1f32;
+    let factor = std::ptr::from_ref(&one).cast::<c_void>();
+    // The library counts along columns first, so it is given wᵀ xᵀ.
+    let (of_w, w_step) = match turned {
+        true => (cublasOperation_t::CUBLAS_OP_T, inner),
+        false => (cublasOperation_t::CUBLAS_OP_N, columns),
+    };
+    let (m, n, k) = (columns as i32, rows as i32, inner as i32);
+    let handle = device.cublas_handle();
+    // SAFETY: the operands hold as many elements as the sizes say, on this device.
+    unsafe {
+        gemm_strided_batched_ex(
+            *handle.handle(),
+            of_w,
+            cublasOperation_t::CUBLAS_OP_N,
+            m,
+            n,
+            k,
+            factor,
+            w,
+            kind,
+            w_step as i32,
+            0,
+            x,
+            kind,
+            k,
+            0,
+            factor,
+            y,
+            kind,
+            m,
+            0,
+            1,
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+        )
+    }
+    .map_err(candle_core::Error::wrap)
 }
 
 /// Memory that a kernel will fill.

@@ -4,6 +4,8 @@
 //! the backward pass and a tensor as large as the weight. This op has no gradient for W.
 
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::DType;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
@@ -11,19 +13,27 @@ use super::cpu::{self, Mat, Shared, gemm};
 
 /// `x` [.., in] -> [.., out]. The last axes of `x` may be several that make up `in`, such as heads and their channels.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (op, rows) = Op::new(x, weight)?;
+    project(x, weight, None, None)
+}
+
+/// The same plus `(x Aᵀ) Bᵀ` with A [R, in] and B [out, R], which have gradients, in pieces of that many columns each,
+/// [.., out / piece, piece]: one node, since every node between costs passes over tensors as large as `x` and `y` in the
+/// backward pass.
+pub fn project(
+    x: &Tensor,
+    weight: &Tensor,
+    low_rank: Option<[&Tensor; 2]>,
+    piece: Option<usize>,
+) -> Result<Tensor> {
+    let (op, rows) = Op::new(x, weight, piece)?;
+    if let Some([a, b]) = low_rank {
+        return x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op);
+    }
     if x.track_op() || op.fast {
         return x.contiguous()?.apply_op1(op);
     }
     let shape = op.shape.clone();
     x.reshape((rows, weight.dim(1)?))?.matmul(&weight.t()?)?.reshape(shape)
-}
-
-/// The same plus `(x Aᵀ) Bᵀ` with A [R, in] and B [out, R], which have gradients: one node, since every node between costs
-/// a pass over tensors as large as `x` and `y` in the backward pass.
-pub fn linear_with(x: &Tensor, weight: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let (op, _) = Op::new(x, weight)?;
-    x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)
 }
 
 /// Below this many rows turning the weight takes longer than multiplying by it.
@@ -38,7 +48,7 @@ struct Op {
 
 impl Op {
     /// The op for `x`, and the rows of `x`.
-    fn new(x: &Tensor, weight: &Tensor) -> Result<(Op, usize)> {
+    fn new(x: &Tensor, weight: &Tensor, piece: Option<usize>) -> Result<(Op, usize)> {
         let (out, inner) = weight.dims2()?;
         let (mut lead, mut width) = (x.rank(), 1);
         while lead > 0 && width < inner {
@@ -49,7 +59,11 @@ impl Op {
             bail!("a product of {:?} with a weight of {inner} columns", x.shape());
         }
         let rows = x.elem_count() / inner;
-        let shape = Shape::from([&x.dims()[..lead], &[out]].concat());
+        let last = piece.map_or_else(|| vec![out], |length| vec![out / length, length]);
+        let shape = Shape::from([&x.dims()[..lead], &last].concat());
+        if shape.elem_count() != rows * out {
+            bail!("{out} columns in pieces of {last:?}");
+        }
         Ok((Op { weight: weight.contiguous()?, shape, fast: super::fast(x) && rows >= FEW_ROWS }, rows))
     }
 
@@ -106,11 +120,46 @@ fn product<S: BackendStorage>(x: &S, x_layout: &Layout, w: &S, w_layout: &Layout
 
 /// `y` plus `(x Aᵀ) Bᵀ`.
 fn add_low_rank<S: BackendStorage>(y: S, [x, a, b]: [(&S, &Layout); 3]) -> Result<S> {
-    let rows = x.1.shape().elem_count() / a.1.shape().dims2()?.1;
-    let low = Layout::contiguous((rows, a.1.shape().dims2()?.0));
-    let all = Layout::contiguous((rows, b.1.shape().dims2()?.0));
-    let more = product(&product(x.0, x.1, a.0, a.1)?, &low, b.0, b.1)?;
+    let (low, shape) = low(x, a)?;
+    let all = Layout::contiguous((shape.dims2()?.0, b.1.shape().dims2()?.0));
+    let more = product(&low, &Layout::contiguous(shape), b.0, b.1)?;
     y.binary_impl::<candle_core::op::Add>(&more, &all, &all)
+}
+
+/// `x Aᵀ`, [rows, R].
+fn low<S: BackendStorage>(x: (&S, &Layout), a: (&S, &Layout)) -> Result<(S, Shape)> {
+    let (rank, inner) = a.1.shape().dims2()?;
+    let rows = x.1.shape().elem_count() / inner;
+    Ok((product(x.0, x.1, a.0, a.1)?, Shape::from((rows, rank))))
+}
+
+/// The same as [`add_low_rank`] without a pass of its own over y.
+#[cfg(feature = "cuda")]
+fn add_low_rank_on_gpu(y: CudaStorage, [x, a, b]: [(&CudaStorage, &Layout); 3]) -> Result<CudaStorage> {
+    use super::cuda::{add_product, storage_pointer};
+    if !matches!(y.dtype(), DType::BF16 | DType::F32) {
+        return add_low_rank(y, [x, a, b]);
+    }
+    let (low, shape) = low(x, a)?;
+    let ((rows, rank), out) = (shape.dims2()?, b.1.shape().dims2()?.0);
+    let at = storage_pointer(&y, &Layout::contiguous((rows, out)))?.cast_mut();
+    let (low_at, b_at) = (storage_pointer(&low, &Layout::contiguous(shape))?, storage_pointer(b.0, b.1)?);
+    add_product(y.device(), y.dtype(), at, (low_at, b_at), [rows, out, rank], true)?;
+    Ok(y)
+}
+
+/// `y + x W` with x [rows, R] and W [R, in]; on a GPU it is added into y itself, which nothing else holds.
+fn plus_product(y: Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::ready(&y) {
+        use super::cuda::{add_product, device_of, pointer};
+        let (x, w) = (x.contiguous()?, w.contiguous()?);
+        let ((rows, columns), rank) = (y.dims2()?, w.dim(0)?);
+        let operands = (pointer(&x)?, pointer(&w)?);
+        add_product(device_of(&y)?, y.dtype(), pointer(&y)?.cast_mut(), operands, [rows, columns, rank], false)?;
+        return Ok(y);
+    }
+    y + x.matmul(w)?
 }
 
 impl CustomOp1 for Op {
@@ -159,6 +208,8 @@ impl CustomOp3 for Op {
         b_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let y = self.on_cuda(x, x_layout)?;
+        #[cfg(feature = "cuda")]
+        let add_low_rank = add_low_rank_on_gpu;
         Ok((add_low_rank(y, [(x, x_layout), (a, a_layout), (b, b_layout)])?, self.shape.clone()))
     }
 
@@ -177,7 +228,7 @@ impl CustomOp3 for Op {
             false => (grad.contiguous()?.reshape(((), b.dim(0)?))?, None),
         };
         let low = grad.matmul(&b)?; // [rows, R]
-        let back = back.map(|back| (back + low.matmul(&a)?)?.reshape(x.shape())).transpose()?;
+        let back = back.map(|back| plus_product(back, &low, &a)?.reshape(x.shape())).transpose()?;
         let to_a = low.t()?.matmul(&rows)?;
         let to_b = grad.t()?.matmul(&rows.matmul(&a.t()?)?)?;
         Ok((back, Some(to_a), Some(to_b)))
@@ -205,7 +256,7 @@ mod tests {
                         let low = flat.matmul(&x[1].t()?)?.matmul(&x[2].t()?)?;
                         (flat.matmul(&weight.t()?)? + low)?.reshape((2, rows, out))
                     }
-                    _ => super::linear_with(&x[0], &weight, &x[1], &x[2]),
+                    _ => super::project(&x[0], &weight, Some([&x[1], &x[2]]), None),
                 }
             });
         }
@@ -217,6 +268,9 @@ mod tests {
         let (x, weight) = (input("randn", &[2, 40, 3, 4], 1), input("randn", &[7, 12], 2));
         check("joined axes", std::slice::from_ref(&x), 2e-6, |x| super::linear(&x[0], &weight.to_dtype(x[0].dtype())?));
         assert_eq!(super::linear(&x, &weight).unwrap().dims(), [2, 40, 7]);
+        let pieces = super::project(&x, &input("randn", &[12, 12], 2), None, Some(4)).unwrap();
+        assert_eq!(pieces.dims(), [2, 40, 3, 4]);
+        assert!(super::project(&x, &weight, None, Some(4)).is_err());
         assert!(super::linear(&x, &input("randn", &[7, 10], 2)).is_err());
     }
 }

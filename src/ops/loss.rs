@@ -1,7 +1,7 @@
 //! Losses whose gradient is computed with the value, in one pass.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Layout, Result, Shape, Storage, Tensor, Var, bail};
 use rayon::prelude::*;
 
 use super::cpu;
@@ -9,6 +9,14 @@ use super::cpu;
 /// A scalar `value` (on the device of `x`) whose gradient with respect to `x` is already known.
 pub fn with_gradient(x: &Tensor, value: Tensor, gradient: Tensor) -> Result<Tensor> {
     x.apply_op1(Known { value: value.reshape(())?, gradient })
+}
+
+/// What the gradient of `f(x)` gives `x`.
+pub fn pulled(x: &Tensor, gradient: &Tensor, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let x = Var::from_tensor(&x.detach())?;
+    let zero = Tensor::zeros((), DType::F32, x.device())?;
+    let found = with_gradient(&f(x.as_tensor())?, zero, gradient.clone())?.backward()?.remove(&x);
+    found.map_or_else(|| bail!("a function without gradient"), Ok)
 }
 
 struct Known {

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
+use super::loss::pulled;
 
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
@@ -16,6 +17,20 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Op { weight: weight.contiguous()?, eps: eps as f32 })
 }
 
+/// What the gradient of the result gives `x`.
+pub fn rms_norm_back(x: &Tensor, weight: &Tensor, eps: f64, gradient: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::ready(x) {
+        let weight = weight.to_dtype(x.dtype())?.contiguous()?;
+        return Ok(run(&x.contiguous()?, &weight, eps as f32, Some(&gradient.contiguous()?))?.tensor());
+    }
+    if !super::fast(x) {
+        return pulled(x, gradient, |x| plain(x, weight, eps));
+    }
+    let op = Op { weight: weight.contiguous()?, eps: eps as f32 };
+    op.gradients(&x.contiguous()?, &gradient.contiguous()?)
+}
+
 /// The definition in plain tensor operations, in f32 or wider.
 pub fn plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let wide = x.to_dtype(super::wide(x.dtype()))?;
@@ -25,6 +40,14 @@ pub fn plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 
 #[cfg(feature = "cuda")]
 fn on_gpu(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    let weight = weight.clone();
+    let y = run(x, &weight, eps, None)?;
+    y.node([x], "rms_norm", Box::new(move |[x], _, grad| Ok([Some(run(x, &weight, eps, Some(grad))?.tensor())])))
+}
+
+/// The result, or with a gradient of it that of `x`.
+#[cfg(feature = "cuda")]
+fn run(x: &Tensor, weight: &Tensor, eps: f32, grad: Option<&Tensor>) -> Result<super::cuda::Output> {
     use super::cuda::{Output, code, device_of, launch, pointer};
     use std::ffi::{c_int, c_void};
     unsafe extern "C" {
@@ -40,21 +63,16 @@ fn on_gpu(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
             stream: *mut c_void,
         ) -> c_int;
     }
-    let run = move |x: &Tensor, weight: &Tensor, grad: Option<&Tensor>| -> Result<Output> {
-        let (device, n) = (device_of(x)?, weight.elem_count());
-        let y = Output::new(device, x.shape(), x.dtype())?;
-        let (out, x_at, w_at, dtype) = (y.pointer()?, pointer(x)?, pointer(weight)?, code(x.dtype())?);
-        let g_at = grad.map(pointer).transpose()?.unwrap_or(std::ptr::null());
-        let rows = (x.elem_count() / n) as c_int;
-        // SAFETY: all operands are contiguous [rows, n] or [n] of one precision on this device.
-        launch(device, "rms_norm", |stream| unsafe {
-            margay_rms_norm(out, x_at, w_at, g_at, rows, n as c_int, eps, dtype, stream)
-        })?;
-        Ok(y)
-    };
-    let weight = weight.clone();
-    let y = run(x, &weight, None)?;
-    y.node([x], "rms_norm", Box::new(move |[x], _, grad| Ok([Some(run(x, &weight, Some(grad))?.tensor())])))
+    let (device, n) = (device_of(x)?, weight.elem_count());
+    let y = Output::new(device, x.shape(), x.dtype())?;
+    let (out, x_at, w_at, dtype) = (y.pointer()?, pointer(x)?, pointer(weight)?, code(x.dtype())?);
+    let g_at = grad.map(pointer).transpose()?.unwrap_or(std::ptr::null());
+    let rows = (x.elem_count() / n) as c_int;
+    // SAFETY: all operands are contiguous [rows, n] or [n] of one precision on this device.
+    launch(device, "rms_norm", |stream| unsafe {
+        margay_rms_norm(out, x_at, w_at, g_at, rows, n as c_int, eps, dtype, stream)
+    })?;
+    Ok(y)
 }
 
 struct Op {
@@ -91,7 +109,13 @@ impl CustomOp1 for Op {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let grad = grad.contiguous()?;
+        self.gradients(x, &grad.contiguous()?).map(Some)
+    }
+}
+
+impl Op {
+    /// On the CPU, of contiguous f32.
+    fn gradients(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let mut dx = vec![0f32; x.elem_count()];
         let mut run = |w: &[f32], x: &[f32], g: &[f32]| {
             let n = w.len();
@@ -115,8 +139,8 @@ impl CustomOp1 for Op {
             });
             Ok(())
         };
-        cpu::with(&self.weight, |w| cpu::with(x, |x| cpu::with(&grad, |g| run(w, x, g))))?;
-        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+        cpu::with(&self.weight, |w| cpu::with(x, |x| cpu::with(grad, |g| run(w, x, g))))?;
+        Tensor::from_vec(dx, x.shape(), x.device())
     }
 }
 

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
+use super::loss::pulled;
 
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
@@ -14,6 +15,18 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
         return plain(gate_up);
     }
     gate_up.contiguous()?.apply_op1(Op)
+}
+
+/// What the gradient [.., N] of the result gives `gate_up`, [.., 2 N].
+pub fn swiglu_back(gate_up: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::ready(gate_up) {
+        return Ok(run(&gate_up.contiguous()?, Some(&gradient.contiguous()?))?.tensor());
+    }
+    if !super::fast(gate_up) {
+        return pulled(gate_up, gradient, plain);
+    }
+    gradients(&gate_up.contiguous()?, &gradient.contiguous()?)
 }
 
 /// The definition in plain tensor operations.
@@ -37,6 +50,12 @@ fn halved(shape: &Shape) -> Result<(Shape, usize)> {
 
 #[cfg(feature = "cuda")]
 fn on_gpu(x: &Tensor) -> Result<Tensor> {
+    run(x, None)?.node([x], "swiglu", Box::new(|[x], _, grad| Ok([Some(run(x, Some(grad))?.tensor())])))
+}
+
+/// The result, or with a gradient of it that of `x`.
+#[cfg(feature = "cuda")]
+fn run(x: &Tensor, grad: Option<&Tensor>) -> Result<super::cuda::Output> {
     use super::cuda::{Output, code, device_of, launch, pointer};
     use std::ffi::{c_int, c_void};
     unsafe extern "C" {
@@ -50,17 +69,14 @@ fn on_gpu(x: &Tensor) -> Result<Tensor> {
             stream: *mut c_void,
         ) -> c_int;
     }
-    let run = |x: &Tensor, grad: Option<&Tensor>| -> Result<Output> {
-        let ((half, n), device) = (halved(x.shape())?, device_of(x)?);
-        let y = Output::new(device, if grad.is_some() { x.shape().clone() } else { half }, x.dtype())?;
-        let (out, x_at, dtype) = (y.pointer()?, pointer(x)?, code(x.dtype())?);
-        let g_at = grad.map(pointer).transpose()?.unwrap_or(std::ptr::null());
-        let rows = (x.elem_count() / (2 * n)) as c_int;
-        // SAFETY: x and dx are contiguous [rows, 2 n], y and dy [rows, n], of one precision on this device.
-        launch(device, "swiglu", |stream| unsafe { margay_swiglu(out, x_at, g_at, rows, n as c_int, dtype, stream) })?;
-        Ok(y)
-    };
-    run(x, None)?.node([x], "swiglu", Box::new(move |[x], _, grad| Ok([Some(run(x, Some(grad))?.tensor())])))
+    let ((half, n), device) = (halved(x.shape())?, device_of(x)?);
+    let y = Output::new(device, if grad.is_some() { x.shape().clone() } else { half }, x.dtype())?;
+    let (out, x_at, dtype) = (y.pointer()?, pointer(x)?, code(x.dtype())?);
+    let g_at = grad.map(pointer).transpose()?.unwrap_or(std::ptr::null());
+    let rows = (x.elem_count() / (2 * n)) as c_int;
+    // SAFETY: x and dx are contiguous [rows, 2 n], y and dy [rows, n], of one precision on this device.
+    launch(device, "swiglu", |stream| unsafe { margay_swiglu(out, x_at, g_at, rows, n as c_int, dtype, stream) })?;
+    Ok(y)
 }
 
 struct Op;
@@ -93,31 +109,35 @@ impl CustomOp1 for Op {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (grad, (_, n)) = (grad.contiguous()?, halved(x.shape())?);
-        let mut dx = vec![0f32; x.elem_count()];
-        let mut run = |x: &[f32], grad: &[f32]| {
-            let rows =
-                dx.par_chunks_mut(BLOCK * 2 * n).zip(x.par_chunks(BLOCK * 2 * n)).zip(grad.par_chunks(BLOCK * n));
-            rows.for_each(|((dx, x), grad)| {
-                cpu::vectorised(
-                    #[inline(always)]
-                    || {
-                        for ((dx, x), dy) in dx.chunks_mut(2 * n).zip(x.chunks(2 * n)).zip(grad.chunks(n)) {
-                            let ((dg, du), (g, u)) = (dx.split_at_mut(n), x.split_at(n));
-                            for i in 0..n {
-                                let s = cpu::sigmoid(g[i]);
-                                du[i] = dy[i] * g[i] * s;
-                                dg[i] = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
-                            }
-                        }
-                    },
-                )
-            });
-            Ok(())
-        };
-        cpu::with(x, |x| cpu::with(&grad, |dy| run(x, dy)))?;
-        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+        gradients(x, &grad.contiguous()?).map(Some)
     }
+}
+
+/// On the CPU, of contiguous f32.
+fn gradients(x: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let (_, n) = halved(x.shape())?;
+    let mut dx = vec![0f32; x.elem_count()];
+    let mut run = |x: &[f32], grad: &[f32]| {
+        let rows = dx.par_chunks_mut(BLOCK * 2 * n).zip(x.par_chunks(BLOCK * 2 * n)).zip(grad.par_chunks(BLOCK * n));
+        rows.for_each(|((dx, x), grad)| {
+            cpu::vectorised(
+                #[inline(always)]
+                || {
+                    for ((dx, x), dy) in dx.chunks_mut(2 * n).zip(x.chunks(2 * n)).zip(grad.chunks(n)) {
+                        let ((dg, du), (g, u)) = (dx.split_at_mut(n), x.split_at(n));
+                        for i in 0..n {
+                            let s = cpu::sigmoid(g[i]);
+                            du[i] = dy[i] * g[i] * s;
+                            dg[i] = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
+                        }
+                    }
+                },
+            )
+        });
+        Ok(())
+    };
+    cpu::with(x, |x| cpu::with(grad, |dy| run(x, dy)))?;
+    Tensor::from_vec(dx, x.shape(), x.device())
 }
 
 #[cfg(test)]

@@ -27,8 +27,9 @@
 //! | layer-wise after `o_proj` | 4 N more: both outputs, their difference, its gradient |
 //! | layer-wise, the MLP after it | 5 N + 2 P + Q + 3 I |
 //! | whole model, inputs of blocks | (layers + 5) N, one more with KL |
-//! | whole model, graph of one block | 6 N + 3 P + Q + 2 E + 3 I, and three more outputs for each changed projection |
-//! | whole model, its gradients | 3 N + the larger of 5 I and Q + P + 6 E |
+//! | whole model, one block for its backward pass | 4 N + 3 P + Q + 2 E + 2 I, and three more outputs for each changed projection |
+//! | whole model, where the MLP is changed | 2 N + I more |
+//! | whole model, gradients of a block | 3 N + the larger of 3 I (5 I where the MLP is changed) and Q + P + 6 E |
 //! | verify, a layer of one sequence | as layer-wise |
 //!
 //! Blocks whose graphs fit into 1 GiB, 4 GiB on a GPU, are not computed again. A smaller micro-batch would keep more of
@@ -260,15 +261,20 @@ impl<'a> Costs<'a> {
             |p: &Projection| if changes.places.iter().any(|(_, at)| at == p) { 3 * a.shape(*p)[0] as u64 } else { 0 };
         let low_rank =
             |p: &Projection| s.lora.rank as u64 + if s.lora.dropout > 0.0 { 2 * a.shape(*p)[1] as u64 } else { 0 };
-        let graph = 6 * w.hidden
+        let mlp = [Projection::Gate, Projection::Up, Projection::Down];
+        let mlp = match changes.places.iter().any(|(_, at)| mlp.contains(at)) {
+            true => (2 * w.hidden + 3 * w.mlp, 5 * w.mlp),
+            false => (2 * w.mlp, 3 * w.mlp),
+        };
+        let graph = 4 * w.hidden
             + 3 * w.packed
             + w.query
             + 2 * w.features
             + w.graph
-            + 3 * w.mlp
+            + mlp.0
             + Projection::ALL.iter().map(changed).sum::<u64>()
             + s.lora_targets().iter().map(low_rank).sum::<u64>();
-        let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
+        let gradients = 3 * w.hidden + mlp.1.max(w.query + w.packed + 6 * w.features);
         let plain = self.device == PlanDevice::Cuda || self.a.softcap.is_some();
         let squares = if plain { self.plain_squares(16) } else { 0 };
         let graphs = |micro: usize| self.activations(micro, s.seq_len, graph) + self.squares(micro, s.seq_len, squares);
