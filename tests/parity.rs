@@ -129,7 +129,8 @@ fn blocks_have_the_gradient_of_their_output() {
             let (block, mixer) = (decoder.block(layer), net.mixers[layer].as_ref());
             let dense = a.experts(layer).is_none();
             let attention = [Projection::Q, Projection::V, Projection::O];
-            let all: Vec<Projection> = Projection::ALL.into_iter().filter(|p| *p != Projection::Gate || a.gated()).collect();
+            let all: Vec<Projection> =
+                Projection::ALL.into_iter().filter(|p| *p != Projection::Gate || a.gated()).collect();
             for places in [&[][..], &attention, &all].into_iter().take(if dense { 3 } else { 2 }) {
                 let lora = Adapters::of(places.iter().map(|p| low_rank(layer, *p)).collect()).unwrap();
                 let (lora, what) = (Some(&lora), format!("{name}, block {layer}, {} changed", places.len()));

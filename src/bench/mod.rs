@@ -127,21 +127,3 @@ pub fn ceilings(device: &Device, dtype: DType) -> Result<Ceilings> {
 fn random(shape: &[usize], deviation: f32, dtype: DType, device: &Device) -> Result<Tensor> {
     Ok(Tensor::randn(0f32, deviation, shape, device)?.to_dtype(dtype)?)
 }
-
-/// Most memory in use on the device since [`forget_peak`]; `None` on the CPU.
-fn peak(device: &Device) -> Option<u64> {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = device {
-        return crate::ops::cuda::peak_memory(device).ok();
-    }
-    let _ = device;
-    None
-}
-
-fn forget_peak(device: &Device) {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = device {
-        let _ = crate::ops::cuda::reset_peak_memory(device);
-    }
-    let _ = device;
-}

@@ -75,7 +75,13 @@ pub fn architecture(name: &str) -> Result<Architecture> {
 mod tests {
     #[test]
     fn every_shape_is_read() {
-        for (name, billions) in [("llama-3.1-8b", 6.98), ("llama-3.2-1b", 0.973), ("mistral-7b", 6.98), ("qwen2.5-7b", 6.53), ("qwen3-8b", 6.95)] {
+        for (name, billions) in [
+            ("llama-3.1-8b", 6.98),
+            ("llama-3.2-1b", 0.973),
+            ("mistral-7b", 6.98),
+            ("qwen2.5-7b", 6.53),
+            ("qwen3-8b", 6.95),
+        ] {
             let a = super::architecture(name).unwrap();
             let blocks = (a.layers * a.block_parameters()) as f64 / 1e9;
             assert!((blocks / billions - 1.0).abs() < 0.01, "{name}: {blocks} billion parameters in its blocks");

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Bench, Row, Work, forget_peak, peak, time};
+use super::{Bench, Row, Work, time};
 use crate::convert::plan::{self, PlanDevice};
 use crate::convert::recover::Recover;
 use crate::convert::swap::swap;
@@ -11,6 +11,7 @@ use crate::convert::transfer::{Student, Transfer};
 use crate::data::Batch;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Decoder, Net, Steps};
+use crate::ops::{forget_peak, peak};
 use crate::recipe::Stage;
 use crate::train::adamw::AdamW;
 use crate::train::clock::{Clock, Spent};

@@ -2,7 +2,7 @@
 //!
 //! The first step is launched kernel by kernel, which loads the kernels; the second is captured; later ones replay it.
 
-use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, PinnedHostSlice, result, sys};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 
 use super::mlp::Mlp;
@@ -23,6 +23,10 @@ pub struct Graph<'a> {
     overlap: bool,
     captured: Captured,
     buffers: Buffers,
+    /// What the chosen tokens are read through.
+    chosen: PinnedHostSlice<u32>,
+    /// The tokens in memory, where that was read: a step on them needs no copy.
+    known: Option<Vec<u32>>,
 }
 
 enum Captured {
@@ -114,7 +118,10 @@ impl<'a> Graph<'a> {
             best_at: Tensor::zeros((batch, best), DType::U32, at)?,
         };
         let overlap = decode::overlaps(device);
-        Ok(Graph { decoder, layers, batch, room: most, overlap, captured: Captured::Not, buffers })
+        // SAFETY: written whole before it is read.
+        let chosen = unsafe { device.cuda_stream().context().alloc_pinned::<u32>(batch) };
+        let chosen = chosen.map_err(candle_core::Error::wrap)?;
+        Ok(Graph { decoder, layers, batch, room: most, overlap, captured: Captured::Not, buffers, chosen, known: None })
     }
 
     fn device(&self) -> Result<&CudaDevice> {
@@ -232,7 +239,9 @@ impl<'a> Graph<'a> {
             bail!("more steps than memory was set aside for");
         }
         self.room -= 1;
-        self.buffers.tokens.slice_set(&Tensor::new(tokens, &self.decoder.device)?, 0, 0)?;
+        if self.known.take().is_none_or(|known| known != tokens) {
+            self.buffers.tokens.slice_set(&Tensor::new(tokens, &self.decoder.device)?, 0, 0)?;
+        }
         if let Captured::Warm = self.captured {
             self.captured = match self.capture() {
                 Ok(graph) => Captured::Ready(graph),
@@ -258,8 +267,18 @@ impl<'a> Graph<'a> {
         self.room
     }
 
-    pub fn greedy(&self) -> Result<Vec<u32>> {
-        self.buffers.tokens.to_vec1()
+    pub fn greedy(&mut self) -> Result<Vec<u32>> {
+        if let Some(known) = &self.known {
+            return Ok(known.clone());
+        }
+        let stream = self.device()?.cuda_stream();
+        let from = pointer(&self.buffers.tokens)? as u64;
+        let wrap = candle_core::Error::wrap;
+        let to = self.chosen.as_mut_slice().map_err(wrap)?;
+        // SAFETY: both hold a token per sequence, and nothing else uses either before the stream has caught up.
+        unsafe { result::memcpy_dtoh_async(to, from, stream.cu_stream()).map_err(wrap)? };
+        stream.synchronize().map_err(wrap)?;
+        Ok(self.known.insert(to.to_vec()).clone())
     }
 
     pub fn logits(&self) -> Tensor {

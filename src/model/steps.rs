@@ -74,9 +74,9 @@ impl<'a> Steps<'a> {
     }
 
     /// The most likely token of every sequence after the last step; the first of equals.
-    pub fn greedy(&self) -> TensorResult<Vec<u32>> {
+    pub fn greedy(&mut self) -> TensorResult<Vec<u32>> {
         #[cfg(feature = "cuda")]
-        if let Some(graph) = &self.graph {
+        if let Some(graph) = &mut self.graph {
             return graph.greedy();
         }
         self.logits()?.argmax(1)?.to_vec1()

@@ -3,9 +3,9 @@
 //! candle's matmul computes the gradient of both sides even where one is a constant; for a frozen weight that is half of
 //! the backward pass and a tensor as large as the weight. This op has no gradient for W.
 
-use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::DType;
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
@@ -19,12 +19,7 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// The same plus `(x Aᵀ) Bᵀ` with A [R, in] and B [out, R], which have gradients, in pieces of that many columns each,
 /// [.., out / piece, piece]: one node, since every node between costs passes over tensors as large as `x` and `y` in the
 /// backward pass.
-pub fn project(
-    x: &Tensor,
-    weight: &Tensor,
-    low_rank: Option<[&Tensor; 2]>,
-    piece: Option<usize>,
-) -> Result<Tensor> {
+pub fn project(x: &Tensor, weight: &Tensor, low_rank: Option<[&Tensor; 2]>, piece: Option<usize>) -> Result<Tensor> {
     let (op, rows) = Op::new(x, weight, piece)?;
     if let Some([a, b]) = low_rank {
         return x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op);
@@ -259,6 +254,26 @@ mod tests {
                     _ => super::project(&x[0], &weight, Some([&x[1], &x[2]]), None),
                 }
             });
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn gpu_equals_plain() {
+        for rows in [3, 40, 1000] {
+            let weight = input("randn", &[96, 64], 2);
+            let of = |x: &candle_core::Tensor| weight.to_device(x.device())?.to_dtype(x.dtype());
+            super::super::check::check_gpu(
+                &format!("low rank, {rows} rows"),
+                &[input("randn", &[2, rows, 64], 1), input("randn", &[8, 64], 3), input("randn", &[96, 8], 4)],
+                true,
+                |x| super::project(&x[0], &of(&x[0])?, Some([&x[1], &x[2]]), Some(32)),
+                |x| {
+                    let flat = x[0].reshape(((), 64))?;
+                    let low = flat.matmul(&x[1].t()?)?.matmul(&x[2].t()?)?;
+                    (flat.matmul(&of(&x[0])?.t()?)? + low)?.reshape((2, rows, 3, 32))
+                },
+            );
         }
     }
 

@@ -40,6 +40,26 @@ pub fn gpu(number: usize) -> Result<Device> {
     device
 }
 
+/// Most bytes in use on a GPU since [`forget_peak`]; `None` elsewhere.
+pub fn peak(device: &Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return cuda::peak_memory(device).ok();
+    }
+    let _ = device;
+    None
+}
+
+/// Begins a new peak at what is in use now.
+pub fn forget_peak(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        // Without it the next peak is an older one, which nothing but a report reads.
+        let _ = cuda::reset_peak_memory(device);
+    }
+    let _ = device;
+}
+
 /// Whether the fast CPU form of an op can run on this tensor.
 pub(crate) fn fast(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32

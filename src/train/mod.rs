@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use crate::convert::plan::bytes;
 use crate::data::{Batch, Split};
 use crate::error::{Error, Kind, Result};
+use crate::ops::{forget_peak, peak};
 use crate::params::Param;
 use crate::progress::{self, Progress};
 use crate::recipe;
@@ -116,6 +117,9 @@ pub struct Outcome {
     /// All time of those runs by what it went to.
     #[serde(default)]
     pub spent: Spent,
+    /// Most memory in use on a GPU, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
 }
 
 /// The part of the loop's state that is not a tensor.
@@ -165,6 +169,7 @@ pub fn run(
     let mut groups = numbered.map(|(n, stage)| Group::new(task, &params, n, stage)).collect::<Result<Vec<_>>>()?;
     let mut best: Vec<Tensor> = params.iter().map(|p| p.var.copy()).collect::<candle_core::Result<_>>()?;
     let mut clock = Clock::new(Spent::default(), params_device(&params), settings.timed);
+    forget_peak(params_device(&params));
     let saved = run_dir.map(|run| run.load_state(stage, progress)).transpose()?.flatten();
     let (mut step, mut position) = match saved {
         Some(saved) => {
@@ -320,7 +325,11 @@ pub fn run(
         param.var.set(best)?;
     }
     position.outcome.spent = clock.spent;
+    position.outcome.peak_bytes = position.outcome.peak_bytes.max(peak(params_device(&params)));
     progress.end(&summary(&position.outcome));
+    if let Some(peak) = position.outcome.peak_bytes {
+        progress.say(&format!("memory of `{stage}`: {} at most, planned {}", bytes(peak), bytes(settings.memory)));
+    }
     Ok(position.outcome)
 }
 
