@@ -24,6 +24,17 @@ pub const OLDEST: (i32, i32) = (8, 0);
 pub fn open(number: usize) -> Result<Device> {
     let device = Device::new_cuda(number)?;
     let Device::Cuda(cuda) = &device else { bail!("GPU {number} did not open as a CUDA device") };
+    let (have, least) = (capability(cuda)?, OLDEST);
+    if have < least {
+        tracing::warn!(
+            "GPU {number} has compute capability {}.{}, and kernels are made for {}.{} and newer: plain tensor operations \
+             run, several times slower",
+            have.0,
+            have.1,
+            least.0,
+            least.1
+        );
+    }
     // SAFETY: all tensors of this device live on its one stream.
     unsafe { cuda.disable_event_tracking() };
     let (pool, mut keep) = (pool(cuda)?, u64::MAX);

@@ -27,10 +27,12 @@
 //! | layer-wise after `o_proj` | 4 N more: both outputs, their difference, its gradient |
 //! | layer-wise, the MLP after it | 5 N + 2 P + Q + 3 I |
 //! | whole model, inputs of blocks | (layers + 5) N, one more with KL |
-//! | whole model, one block for its backward pass | 4 N + 3 P + Q + 2 E + 2 I, and three more outputs for each changed projection |
+//! | whole model, one block for its backward pass | 4 N + 3 P + Q + 2 E + 2 I, and three more outputs for each projection that is changed in full or with dropout |
 //! | whole model, where the MLP is changed | 2 N + I more |
 //! | whole model, gradients of a block | 3 N + the larger of 3 I (5 I where the MLP is changed) and Q + P + 6 E |
 //! | verify, a layer of one sequence | as layer-wise |
+//!
+//! Graphs that are kept are gone before others are computed again, so one of both is alive.
 //!
 //! Blocks whose graphs fit into 1 GiB, 4 GiB on a GPU, are not computed again. A smaller micro-batch would keep more of
 //! them, but loses more in the products than it saves.
@@ -49,7 +51,7 @@ use crate::families::{Architecture, Projection};
 use crate::mixers::Design;
 use crate::mixers::softmax;
 use crate::ops::head_loss::block_rows;
-use crate::recipe;
+use crate::recipe::{self, Kl};
 
 /// Where a conversion runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -257,8 +259,12 @@ impl<'a> Costs<'a> {
         let head = (a.vocab * a.hidden) as f64 * if taught { 6.0 } else { 4.0 };
         let teacher = if taught { 2.0 * blocks + softmax::flops_per_token(a, 0..a.layers, s.seq_len) } else { 0.0 };
 
-        let changed =
-            |p: &Projection| if changes.places.iter().any(|(_, at)| at == p) { 3 * a.shape(*p)[0] as u64 } else { 0 };
+        // Low rank without dropout is part of its product.
+        let apart = s.lora.dropout > 0.0 || !changes.full.is_empty();
+        let changed = |p: &Projection| {
+            let there = apart && changes.places.iter().any(|(_, at)| at == p);
+            if there { 3 * a.shape(*p)[0] as u64 } else { 0 }
+        };
         let low_rank =
             |p: &Projection| s.lora.rank as u64 + if s.lora.dropout > 0.0 { 2 * a.shape(*p)[1] as u64 } else { 0 };
         let mlp = [Projection::Gate, Projection::Up, Projection::Down];
@@ -289,14 +295,14 @@ impl<'a> Costs<'a> {
         let again = (layers - kept) as f64 / layers as f64;
         let passes = |once: f64, more: f64| once + again * more;
         let changed = passes(6.0, 2.0) * changes.elements() as f64;
-        let block = graphs(micro) * (kept < layers) as u64 + self.activations(micro, s.seq_len, gradients);
+        let block = graphs(micro) * (kept == 0) as u64 + self.activations(micro, s.seq_len, gradients);
         let inputs = self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden);
         Cost {
             micro_batch: micro,
             kept: kept as usize,
             flops_per_token: passes(4.0, 2.0) * blocks + changed + passes(4.0, 1.0) * attention + head + teacher,
             inputs: inputs + kept * graphs(micro),
-            working: block.max(self.logits(micro * s.seq_len, taught)),
+            working: block.max(self.logits(micro * s.seq_len, taught, s.kl == Kl::default())),
         }
     }
 
@@ -316,7 +322,7 @@ impl<'a> Costs<'a> {
 
     /// Verification on sequences of `seq_len` tokens.
     pub fn verify(&self, seq_len: usize) -> Memory {
-        let working = self.activations(1, seq_len, self.layer(0)) + self.logits(seq_len, true);
+        let working = self.activations(1, seq_len, self.layer(0)) + self.logits(seq_len, true, true);
         Memory::new(3 * self.weights(), 2 * 4 * self.new, 0, working)
     }
 
@@ -336,13 +342,14 @@ impl<'a> Costs<'a> {
         attention.max(5 * w.hidden + 2 * w.packed + w.query + 3 * w.mlp)
     }
 
-    /// Bytes of one block of logits with their gradient, and a teacher's.
-    fn logits(&self, rows: usize, taught: bool) -> u64 {
-        let copies = match self.device {
-            PlanDevice::Cpu => 2 + taught as u64,
-            PlanDevice::Cuda => 8 + 3 * taught as u64,
+    /// Bytes of one block of logits with their gradient, and a teacher's. Kernels write the gradient over the logits.
+    fn logits(&self, rows: usize, taught: bool, kernel: bool) -> u64 {
+        let per_logit = match (self.device, kernel) {
+            (PlanDevice::Cpu, _) => 4 * (2 + taught as u64),
+            (PlanDevice::Cuda, true) => self.device.element() * (2 + taught as u64),
+            (PlanDevice::Cuda, false) => 4 * (8 + 3 * taught as u64),
         };
-        4 * copies * (block_rows(self.a.vocab, self.device == PlanDevice::Cuda).min(rows) * self.a.vocab) as u64
+        per_logit * (block_rows(self.a.vocab, self.device == PlanDevice::Cuda).min(rows) * self.a.vocab) as u64
     }
 
     fn activations(&self, micro: usize, seq_len: usize, width: u64) -> u64 {
