@@ -11,13 +11,13 @@ use candle_core::{DType, Device, Result, Tensor};
 use loops::{Hybrid, Keys, dot, rotate};
 use margay::ops::feature_map::{Activation, FeatureMap};
 use margay::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use margay::ops::glu::{self, glu};
 use margay::ops::hybrid_attn::{HybridAttn, Window};
 use margay::ops::linear::linear;
 use margay::ops::loss::mse;
 use margay::ops::rms_norm::rms_norm;
 use margay::ops::rope::rope;
 use margay::ops::softmax_attn::SoftmaxAttn;
-use margay::ops::swiglu::swiglu;
 use random::{close, close_slices, flat, randn};
 
 const CPU: Device = Device::Cpu;
@@ -281,7 +281,7 @@ fn small_ops_equal_their_definitions() -> Result<()> {
         close_slices("rms_norm", &flat(&rms_norm(&x, &weight, 1e-5)?), &normed, tolerance);
         close_slices("linear", &flat(&linear(&x, &matrix)?), &products, tolerance);
         let gate_up = Tensor::cat(&[&x, &up], x.rank() - 1)?;
-        close_slices("swiglu", &flat(&swiglu(&gate_up)?), &gated, tolerance);
+        close_slices("swiglu", &flat(&glu(&gate_up, glu::Activation::Silu)?), &gated, tolerance);
     }
     Ok(())
 }

@@ -8,11 +8,11 @@ use crate::mixers::Heads;
 use crate::mixers::lolcats;
 use crate::ops::delta_rule::{Decay, DeltaRule};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::glu::{Activation, glu};
 use crate::ops::loss::with_gradient;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::rope;
 use crate::ops::softmax_attn::SoftmaxAttn;
-use crate::ops::swiglu::swiglu;
 use crate::params::Param;
 
 /// Every op under a mixer or a block.
@@ -106,7 +106,7 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
     rows.extend(both(b, "rms_norm", work, 1.5, &x, &|x| Ok(rms_norm(x, &weight, a.norm_eps)?))?);
     let x = random(&[batch, time_steps, 2 * a.intermediate], 1.0, b.dtype, &b.device)?;
     let work = Work { flops: 0.0, bytes: 3.0 * tokens * a.intermediate as f64 * element, tokens };
-    rows.extend(both(b, "swiglu", work, 5.0 / 3.0, &x, &|x| Ok(swiglu(x)?))?);
+    rows.extend(both(b, "swiglu", work, 5.0 / 3.0, &x, &|x| Ok(glu(x, Activation::Silu)?))?);
     Ok(rows)
 }
 

@@ -11,6 +11,7 @@
 //! residuals are parallel. Queries and keys may be normalised before they turn; what differs from layer to layer is in
 //! [`Layer`]. Embeddings are scaled before the first block, logits after the last.
 
+pub use crate::ops::glu::Activation;
 use std::collections::BTreeMap;
 
 use super::names::{Names, Part, Place, Projection, Role};
@@ -100,19 +101,9 @@ pub enum HeadNorm {
     Whole,
 }
 
-/// The nonlinearity of the MLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    Silu,
-    /// x Φ(x)
-    Gelu,
-    /// The same with tanh in place of the error function.
-    GeluTanh,
-}
-
 impl Activation {
     /// By the names that configurations use.
-    pub fn of(name: &str) -> Option<Activation> {
+    pub fn named(name: &str) -> Option<Activation> {
         Some(match name {
             "silu" | "swish" => Activation::Silu,
             "gelu" => Activation::Gelu,

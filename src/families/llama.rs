@@ -64,7 +64,7 @@ pub(super) fn base(config: &Config, theta: f64) -> Result<Architecture> {
 /// The activation that `key` names.
 pub(super) fn activation(config: &Config, key: &str, default: &str) -> Result<Activation> {
     let name = config.opt_str(key)?.unwrap_or(default);
-    Activation::of(name).ok_or_else(|| {
+    Activation::named(name).ok_or_else(|| {
         refuse(config, format!("`{key}` is `{name}`, which is not supported"))
             .hint("known: silu, gelu, gelu_new, gelu_pytorch_tanh")
     })

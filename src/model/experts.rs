@@ -11,9 +11,9 @@ use candle_core::{D, DType, Result as TensorResult, Tensor};
 
 use crate::error::Result;
 use crate::families::{self, Projection, Role};
+use crate::ops::glu::{Activation, glu};
 use crate::ops::linear::linear;
 use crate::ops::softmax_attn::softmax;
-use crate::ops::swiglu::swiglu;
 use crate::ops::wide;
 
 /// Frozen weights of a layer's experts.
@@ -66,7 +66,7 @@ impl Experts {
                 count += 1;
             }
             let ids = Tensor::from_iter(own.iter().map(|i| (i / used) as u32), x.device())?;
-            outputs.push(linear(&swiglu(&linear(&flat.index_select(&ids, 0)?, gate_up)?)?, down)?);
+            outputs.push(linear(&glu(&linear(&flat.index_select(&ids, 0)?, gate_up)?, Activation::Silu)?, down)?);
         }
         let order = Tensor::from_vec(order, rows * used, x.device())?;
         let y = Tensor::cat(&outputs, 0)?.index_select(&order, 0)?.reshape((rows, used, n))?;

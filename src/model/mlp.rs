@@ -1,11 +1,11 @@
 //! The MLP of a block: dense, with or without a gate, or a mixture of experts.
 
-use candle_core::{D, Result as TensorResult, Tensor};
+use candle_core::{Result as TensorResult, Tensor};
 
 use super::experts::Experts;
 use crate::families::{Activation, Projection};
+use crate::ops::glu::{glu, glu_back};
 use crate::ops::loss::pulled;
-use crate::ops::swiglu::{swiglu, swiglu_back};
 use crate::params::{Adapters, Stack};
 
 /// The MLP of a block.
@@ -68,9 +68,9 @@ impl Mlp {
             Mlp::Experts(experts) => return pulled(begun, gradient, |x| experts.forward(x)),
         };
         let inner = mlp.down.pull_back(gradient)?;
-        let begun = match (mlp.gated, mlp.activation) {
-            (true, Activation::Silu) => swiglu_back(begun, &inner)?,
-            _ => pulled(begun, &inner, |x| mlp.inner(x))?,
+        let begun = match mlp.gated {
+            true => glu_back(begun, mlp.activation, &inner)?,
+            false => pulled(begun, &inner, |x| mlp.activation.apply(x))?,
         };
         mlp.gate_up.pull_back(&begun)
     }
@@ -79,21 +79,6 @@ impl Mlp {
 impl Dense {
     /// What `down` multiplies, [B, T, I], of gate and up.
     fn inner(&self, gate_up: &Tensor) -> TensorResult<Tensor> {
-        match (self.gated, self.activation) {
-            (true, Activation::Silu) => swiglu(gate_up),
-            (true, activation) => {
-                let n = gate_up.dim(D::Minus1)? / 2;
-                activate(activation, &gate_up.narrow(D::Minus1, 0, n)?)? * gate_up.narrow(D::Minus1, n, n)?
-            }
-            (false, activation) => activate(activation, gate_up),
-        }
-    }
-}
-
-fn activate(activation: Activation, x: &Tensor) -> TensorResult<Tensor> {
-    match activation {
-        Activation::Silu => x.silu(),
-        Activation::Gelu => x.gelu_erf(),
-        Activation::GeluTanh => x.gelu(),
+        if self.gated { glu(gate_up, self.activation) } else { self.activation.apply(gate_up) }
     }
 }

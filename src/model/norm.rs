@@ -32,10 +32,7 @@ impl Norm {
     /// `x` [.., N], normalised over the last axis.
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         match (self.kind, &self.bias) {
-            (NormKind::Rms, _) => rms_norm(x, &self.weight, self.eps),
-            (NormKind::RmsShifted, _) => {
-                rms_norm(&x.to_dtype(wide(x.dtype()))?, &self.weight, self.eps)?.to_dtype(x.dtype())
-            }
+            (NormKind::Rms | NormKind::RmsShifted, _) => rms_norm(x, &self.weight, self.eps),
             (NormKind::Layer, bias) => {
                 let dtype = wide(x.dtype());
                 let wide = x.to_dtype(dtype)?;
@@ -53,8 +50,8 @@ impl Norm {
     /// What the gradient of [`Norm::forward`]'s result gives `x`.
     pub fn pull_back(&self, x: &Tensor, gradient: &Tensor) -> TensorResult<Tensor> {
         match self.kind {
-            NormKind::Rms => rms_norm_back(x, &self.weight, self.eps, gradient),
-            NormKind::RmsShifted | NormKind::Layer => pulled(x, gradient, |x| self.forward(x)),
+            NormKind::Rms | NormKind::RmsShifted => rms_norm_back(x, &self.weight, self.eps, gradient),
+            NormKind::Layer => pulled(x, gradient, |x| self.forward(x)),
         }
     }
 }

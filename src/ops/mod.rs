@@ -20,6 +20,7 @@ pub mod decode;
 pub mod delta_rule;
 pub mod feature_map;
 pub mod gated_linear_attn;
+pub mod glu;
 pub mod head_loss;
 pub mod hybrid_attn;
 pub mod linear;
@@ -27,7 +28,6 @@ pub mod loss;
 pub mod rms_norm;
 pub mod rope;
 pub mod softmax_attn;
-pub mod swiglu;
 
 use candle_core::{DType, Device, Result, Tensor};
 

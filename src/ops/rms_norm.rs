@@ -1,4 +1,5 @@
-//! RMSNorm with a gradient: `y = x / sqrt(mean(x²) + eps) * weight` over the last axis, weight `[N]` frozen.
+//! RMSNorm with a gradient: `y = x / sqrt(mean(x²) + eps) * weight` over the last axis, weight `[N]` frozen; a weight in
+//! f32 multiplies before the result is rounded to the precision of `x`.
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -9,7 +10,7 @@ use super::loss::pulled;
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if super::cuda::ready(x) {
-        return on_gpu(&x.contiguous()?, &weight.to_dtype(x.dtype())?.contiguous()?, eps as f32);
+        return on_gpu(&x.contiguous()?, &weight.contiguous()?, eps as f32);
     }
     if !super::fast(x) {
         return plain(x, weight, eps);
@@ -21,8 +22,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 pub fn rms_norm_back(x: &Tensor, weight: &Tensor, eps: f64, gradient: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if super::cuda::ready(x) {
-        let weight = weight.to_dtype(x.dtype())?.contiguous()?;
-        return Ok(run(&x.contiguous()?, &weight, eps as f32, Some(&gradient.contiguous()?))?.tensor());
+        let (x, weight, gradient) = (x.contiguous()?, weight.contiguous()?, gradient.contiguous()?);
+        return Ok(run(&x, &weight, eps as f32, Some(&gradient))?.tensor());
     }
     if !super::fast(x) {
         return pulled(x, gradient, |x| plain(x, weight, eps));
@@ -35,7 +36,11 @@ pub fn rms_norm_back(x: &Tensor, weight: &Tensor, eps: f64, gradient: &Tensor) -
 pub fn plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let wide = x.to_dtype(super::wide(x.dtype()))?;
     let mean = (wide.sqr()?.sum_keepdim(D::Minus1)? / x.dim(D::Minus1)? as f64)?;
-    wide.broadcast_div(&(mean + eps)?.sqrt()?)?.to_dtype(x.dtype())?.broadcast_mul(&weight.to_dtype(x.dtype())?)
+    let y = wide.broadcast_div(&(mean + eps)?.sqrt()?)?;
+    if weight.dtype() == wide.dtype() {
+        return y.broadcast_mul(weight)?.to_dtype(x.dtype());
+    }
+    y.to_dtype(x.dtype())?.broadcast_mul(&weight.to_dtype(x.dtype())?)
 }
 
 #[cfg(feature = "cuda")]
@@ -60,17 +65,19 @@ fn run(x: &Tensor, weight: &Tensor, eps: f32, grad: Option<&Tensor>) -> Result<s
             n: c_int,
             eps: f32,
             dtype: c_int,
+            w_dtype: c_int,
             stream: *mut c_void,
         ) -> c_int;
     }
     let (device, n) = (device_of(x)?, weight.elem_count());
     let y = Output::new(device, x.shape(), x.dtype())?;
-    let (out, x_at, w_at, dtype) = (y.pointer()?, pointer(x)?, pointer(weight)?, code(x.dtype())?);
+    let (out, x_at, w_at) = (y.pointer()?, pointer(x)?, pointer(weight)?);
+    let (dtype, w_dtype) = (code(x.dtype())?, code(weight.dtype())?);
     let g_at = grad.map(pointer).transpose()?.unwrap_or(std::ptr::null());
     let rows = (x.elem_count() / n) as c_int;
-    // SAFETY: all operands are contiguous [rows, n] or [n] of one precision on this device.
+    // SAFETY: all operands are contiguous [rows, n] or [n] of these precisions on this device.
     launch(device, "rms_norm", |stream| unsafe {
-        margay_rms_norm(out, x_at, w_at, g_at, rows, n as c_int, eps, dtype, stream)
+        margay_rms_norm(out, x_at, w_at, g_at, rows, n as c_int, eps, dtype, w_dtype, stream)
     })?;
     Ok(y)
 }
@@ -161,14 +168,19 @@ mod tests {
     fn gpu_equals_plain() {
         for (kind, n) in INPUTS.into_iter().flat_map(|kind| [24, 1000, 4096].map(|n| (kind, n))) {
             let weight = input("randn", &[n], 7);
-            let of = |x: &candle_core::Tensor| weight.to_device(x.device())?.to_dtype(x.dtype());
-            super::super::check::check_gpu(
-                &format!("{kind}, {n}"),
-                &[input(kind, &[2, 33, n], 1)],
-                true,
-                |x| super::rms_norm(&x[0], &of(&x[0])?, 1e-5),
-                |x| super::plain(&x[0], &of(&x[0])?, 1e-5),
-            );
+            for exact in [false, true] {
+                let of = |x: &candle_core::Tensor| {
+                    let dtype = if exact { super::super::wide(x.dtype()) } else { x.dtype() };
+                    weight.to_device(x.device())?.to_dtype(dtype)
+                };
+                super::super::check::check_gpu(
+                    &format!("{kind}, {n}, weight in f32: {exact}"),
+                    &[input(kind, &[2, 33, n], 1)],
+                    true,
+                    |x| super::rms_norm(&x[0], &of(&x[0])?, 1e-5),
+                    |x| super::plain(&x[0], &of(&x[0])?, 1e-5),
+                );
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `silu(gate) * up`, elementwise, with gate and up side by side: [.., 2 N] -> [.., N].
+//! `act(gate) * up`, elementwise, with gate and up side by side: [.., 2 N] -> [.., N]. SwiGLU with SiLU, GeGLU with GELU.
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -6,33 +6,54 @@ use rayon::prelude::*;
 use super::cpu;
 use super::loss::pulled;
 
-pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+/// The nonlinearity of an MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    Silu,
+    /// x Φ(x)
+    Gelu,
+    /// The same with tanh in place of the error function.
+    GeluTanh,
+}
+
+impl Activation {
+    /// Of every element, in plain tensor operations.
+    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Activation::Silu => x.silu(),
+            Activation::Gelu => x.gelu_erf(),
+            Activation::GeluTanh => x.gelu(),
+        }
+    }
+}
+
+pub fn glu(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if super::cuda::ready(gate_up) {
-        return on_gpu(&gate_up.contiguous()?);
+        return on_gpu(&gate_up.contiguous()?, activation);
     }
-    if !super::fast(gate_up) {
-        return plain(gate_up);
+    if !super::fast(gate_up) || activation != Activation::Silu {
+        return plain(gate_up, activation);
     }
     gate_up.contiguous()?.apply_op1(Op)
 }
 
 /// What the gradient [.., N] of the result gives `gate_up`, [.., 2 N].
-pub fn swiglu_back(gate_up: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+pub fn glu_back(gate_up: &Tensor, activation: Activation, gradient: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if super::cuda::ready(gate_up) {
-        return Ok(run(&gate_up.contiguous()?, Some(&gradient.contiguous()?))?.tensor());
+        return Ok(run(&gate_up.contiguous()?, activation, Some(&gradient.contiguous()?))?.tensor());
     }
-    if !super::fast(gate_up) {
-        return pulled(gate_up, gradient, plain);
+    if !super::fast(gate_up) || activation != Activation::Silu {
+        return pulled(gate_up, gradient, |x| plain(x, activation));
     }
     gradients(&gate_up.contiguous()?, &gradient.contiguous()?)
 }
 
 /// The definition in plain tensor operations.
-pub fn plain(gate_up: &Tensor) -> Result<Tensor> {
+pub fn plain(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
     let n = gate_up.dim(D::Minus1)? / 2;
-    gate_up.narrow(D::Minus1, 0, n)?.silu()? * gate_up.narrow(D::Minus1, n, n)?
+    activation.apply(&gate_up.narrow(D::Minus1, 0, n)?)? * gate_up.narrow(D::Minus1, n, n)?
 }
 
 /// The shape with half as many columns.
@@ -49,22 +70,23 @@ fn halved(shape: &Shape) -> Result<(Shape, usize)> {
 }
 
 #[cfg(feature = "cuda")]
-fn on_gpu(x: &Tensor) -> Result<Tensor> {
-    run(x, None)?.node([x], "swiglu", Box::new(|[x], _, grad| Ok([Some(run(x, Some(grad))?.tensor())])))
+fn on_gpu(x: &Tensor, act: Activation) -> Result<Tensor> {
+    run(x, act, None)?.node([x], "glu", Box::new(move |[x], _, grad| Ok([Some(run(x, act, Some(grad))?.tensor())])))
 }
 
 /// The result, or with a gradient of it that of `x`.
 #[cfg(feature = "cuda")]
-fn run(x: &Tensor, grad: Option<&Tensor>) -> Result<super::cuda::Output> {
+fn run(x: &Tensor, activation: Activation, grad: Option<&Tensor>) -> Result<super::cuda::Output> {
     use super::cuda::{Output, code, device_of, launch, pointer};
     use std::ffi::{c_int, c_void};
     unsafe extern "C" {
-        fn margay_swiglu(
+        fn margay_glu(
             y: *mut c_void,
             x: *const c_void,
             dy: *const c_void,
             rows: c_int,
             n: c_int,
+            activation: c_int,
             dtype: c_int,
             stream: *mut c_void,
         ) -> c_int;
@@ -75,7 +97,9 @@ fn run(x: &Tensor, grad: Option<&Tensor>) -> Result<super::cuda::Output> {
     let g_at = grad.map(pointer).transpose()?.unwrap_or(std::ptr::null());
     let rows = (x.elem_count() / (2 * n)) as c_int;
     // SAFETY: x and dx are contiguous [rows, 2 n], y and dy [rows, n], of one precision on this device.
-    launch(device, "swiglu", |stream| unsafe { margay_swiglu(out, x_at, g_at, rows, n as c_int, dtype, stream) })?;
+    launch(device, "glu", |stream| unsafe {
+        margay_glu(out, x_at, g_at, rows, n as c_int, activation as c_int, dtype, stream)
+    })?;
     Ok(y)
 }
 
@@ -143,12 +167,17 @@ fn gradients(x: &Tensor, grad: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::super::check::{INPUTS, check, input};
+    use super::Activation;
+
+    const ALL: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
 
     #[test]
     fn fast_equals_plain() {
         for kind in INPUTS {
             let x = [input(kind, &[3, 41, 10], 1)];
-            check(kind, &x, 2e-6, |x| super::swiglu(&x[0]));
+            for activation in ALL {
+                check(kind, &x, 2e-6, |x| super::glu(&x[0], activation));
+            }
         }
     }
 
@@ -157,8 +186,10 @@ mod tests {
     fn gpu_equals_plain() {
         for (kind, n) in INPUTS.into_iter().flat_map(|kind| [10, 64, 1376].map(|n| (kind, n))) {
             let x = [input(kind, &[3, 41, n], 1)];
-            let what = format!("{kind}, {n}");
-            super::super::check::check_gpu(&what, &x, true, |x| super::swiglu(&x[0]), |x| super::plain(&x[0]));
+            for a in ALL {
+                let what = format!("{a:?}, {kind}, {n}");
+                super::super::check::check_gpu(&what, &x, true, |x| super::glu(&x[0], a), |x| super::plain(&x[0], a));
+            }
         }
     }
 }
