@@ -10,6 +10,7 @@ use super::norm::Norm;
 use crate::error::Result;
 use crate::families::{Architecture, HeadNorm, Place, Projection, Role};
 use crate::mixers::{Heads, Mixer};
+use crate::ops::head_norm::head_norm;
 use crate::ops::{scaled, wide};
 use crate::params::{Adapters, Stack};
 
@@ -39,6 +40,22 @@ struct HeadNorms {
     over: HeadNorm,
     q: Norm,
     k: Norm,
+}
+
+impl HeadNorms {
+    /// Packed heads [B, T, H + 2 Hkv, D] with queries and keys normalised.
+    fn of(&self, qkv: &Tensor, heads: usize, kv_heads: usize) -> TensorResult<Tensor> {
+        if let (HeadNorm::Each, Some(eps)) = (self.over, self.q.rms_eps()) {
+            return head_norm(qkv, [&self.q.weight, &self.k.weight], heads, kv_heads, eps);
+        }
+        let part = |from, count| qkv.narrow(2, from, count)?.contiguous();
+        let normed = |norm: &Norm, x: Tensor| match self.over {
+            HeadNorm::Each => norm.forward(&x),
+            HeadNorm::Whole => norm.forward(&x.flatten_from(2)?)?.reshape(x.shape()),
+        };
+        let (q, k) = (normed(&self.q, part(0, heads)?)?, normed(&self.k, part(heads, kv_heads)?)?);
+        Tensor::cat(&[q, k, part(heads + kv_heads, kv_heads)?], 2)
+    }
 }
 
 impl Block {
@@ -169,13 +186,7 @@ impl Block {
         let x = self.normed(Place::BeforeAttention, x)?;
         let mut qkv = self.qkv.apply(self.layer, &x, lora, noise)?;
         if let Some(norms) = &self.head_norms {
-            let (h, g) = (self.heads, self.kv_heads);
-            let part = |from, count| qkv.narrow(2, from, count)?.contiguous();
-            let normed = |norm: &Norm, x: Tensor| match norms.over {
-                HeadNorm::Each => norm.forward(&x),
-                HeadNorm::Whole => norm.forward(&x.flatten_from(2)?)?.reshape(x.shape()),
-            };
-            qkv = Tensor::cat(&[normed(&norms.q, part(0, h)?)?, normed(&norms.k, part(h, g)?)?, part(h + g, g)?], 2)?;
+            qkv = norms.of(&qkv, self.heads, self.kv_heads)?;
         }
         if let Some(scale) = &self.head_scale {
             qkv = qkv.to_dtype(scale.dtype())?.broadcast_mul(scale)?.to_dtype(qkv.dtype())?;

@@ -47,6 +47,11 @@ impl Norm {
         }
     }
 
+    /// What is added under the root, where this is an RMSNorm.
+    pub(super) fn rms_eps(&self) -> Option<f64> {
+        (self.kind != NormKind::Layer).then_some(self.eps)
+    }
+
     /// What the gradient of [`Norm::forward`]'s result gives `x`.
     pub fn pull_back(&self, x: &Tensor, gradient: &Tensor) -> TensorResult<Tensor> {
         match self.kind {

@@ -22,6 +22,7 @@ pub mod feature_map;
 pub mod gated_linear_attn;
 pub mod glu;
 pub mod head_loss;
+pub mod head_norm;
 pub mod hybrid_attn;
 pub mod linear;
 pub mod loss;
