@@ -24,6 +24,7 @@ mod qwen2;
 mod qwen3;
 mod qwen3_moe;
 mod smollm3;
+mod starcoder2;
 
 use std::collections::BTreeMap;
 
@@ -51,6 +52,7 @@ pub const REGISTRY: &[Family] = &[
     qwen3_moe::FAMILY,
     gpt_neox::FAMILY,
     gpt2::FAMILY,
+    starcoder2::FAMILY,
 ];
 
 /// One model family.
