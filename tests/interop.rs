@@ -488,7 +488,8 @@ fn gguf_cases() -> Vec<Gguf> {
         case("gemma3-newer", json!({}), false),
         case("phi3", full, true),
         case("phi3", json!({}), true),
-        case("phi3-longrope", json!({}), false),
+        // llama.cpp takes the divisors by the size of its context, of which it makes a multiple of 256.
+        case("phi3-longrope", json!({ "original_max_position_embeddings": 256 }), false),
         case("mixtral", json!({}), false),
         case("qwen3_moe", json!({ "mlp_only_layers": [] }), false),
         case("gpt_neox", json!({}), false),

@@ -42,7 +42,7 @@ def check(folder, file, texts):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     vocab = model.config.vocab_size
     # Some frequencies depend on the length.
-    counts = sorted({min(n, value(f"{architecture}.context_length")) for n in (60, 150)})
+    counts = sorted({min(n, value(f"{architecture}.context_length")) for n in (60, 300)})
     texts_of_ids = [[2 + (i * i * 31 + i * 7 + 11) % (vocab - 2) for i in range(n)] for n in counts]
     worst = lambda other: max(difference(other(ids), logits(model, ids)) for ids in texts_of_ids)
     found = {

@@ -237,7 +237,7 @@ impl HybridAttn {
         let v = split(&Tensor::cat(&[&v, &v.narrow(3, 0, 1)?.ones_like()?], 3)?)?; // [B H, chunks, rows, D + 1]
         let (fq, fk) = (phi(0)?, phi(h)?);
         // A chunk's keys behind those of the one before.
-        let band = |x: &Tensor| Tensor::cat(&[&x.pad_with_zeros(1, 1, 0)?.narrow(1, 0, chunks)?, x], 2);
+        let band = |x: &Tensor| Tensor::cat(&[&x.pad_with_zeros(1, 1, 0)?.narrow(1, 0, chunks)?, x], 2)?.contiguous();
 
         // Of row i and the cells of its band, whose first is key (i / rows - 1) * rows: [chunks, rows, 2 rows].
         let cells = |inside: &dyn Fn(usize, usize) -> bool| {

@@ -16,7 +16,7 @@ use super::{FileRow, Shape, create, natural, row};
 use crate::checkpoint::writer::{Data, Entry, tensor_bytes};
 use crate::convert::load::Model;
 use crate::error::{Error, Kind, Result};
-use crate::families::{Architecture, Claim, Layout, NormKind, Part, Place, Projection, Role};
+use crate::families::{Architecture, Claim, Layout, NormKind, Part, Place, Projection, Role, RopeScaling};
 use crate::progress::Progress;
 use file::Value;
 use target::Target;
@@ -48,6 +48,11 @@ pub fn write(model: &Model, shape: &Shape, out: &Path, progress: &dyn Progress) 
         progress.warn(&format!(
             "llama.cpp's `{}` knows no sliding windows: `context_length` is {context}, up to where they make no difference",
             target.name
+        ));
+    }
+    if let Some(RopeScaling::Long { original, .. }) = a.ropes.first().map(|rope| &rope.scaling) {
+        progress.warn(&format!(
+            "llama.cpp takes LongRoPE's divisors by its context, not by the text: up to `-c {original}` it takes the short"
         ));
     }
     let entries = entries(model, target, shape.dtype)?;
