@@ -107,6 +107,25 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
     assert!(!dir.path().join("no").exists());
 }
 
+/// `--dtype`-less files keep the types of the checkpoint; the chat template and special tokens go along.
+#[test]
+fn instruct_models_keep_their_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = model("qwen3", json!({ "pad_token_id": 7 }));
+    let template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}";
+    let settings = json!({ "chat_template": template, "eos_token": "</s>", "bos_token": null, "add_bos_token": false });
+    std::fs::write(source.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+    write(source.path(), &dir.path().join("folder")).unwrap();
+    let content = Content::read(&mut std::fs::File::open(dir.path().join("folder/model.gguf")).unwrap()).unwrap();
+    let value = |key: &str| &content.metadata[&format!("tokenizer.{key}")];
+    assert_eq!(value("chat_template").to_string().unwrap(), template);
+    assert_eq!(value("ggml.eos_token_id").to_u32().unwrap(), byte_tokenizer::EOS);
+    assert_eq!(value("ggml.padding_token_id").to_u32().unwrap(), 7);
+    assert!(!value("ggml.add_bos_token").to_bool().unwrap());
+    // One untied head, q and k norms: every tensor of the checkpoint and no other.
+    assert_eq!(content.tensor_infos.len(), 4 * 11 + 2);
+}
+
 /// A tokenizer that llama.cpp would follow in its own way is refused, and so is a model without one.
 #[test]
 fn tokenizers_that_llama_cpp_has_not_are_refused() {

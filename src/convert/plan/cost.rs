@@ -230,8 +230,7 @@ impl<'a> Costs<'a> {
 
         let squares = match (self.device, s.loss.attention_ce > 0.0) {
             (PlanDevice::Cpu, false) if self.a.softcap.is_none() => [0, 0],
-            // The teacher's, without a graph, and the bands of what learns from it.
-            (_, false) => [4, 12].map(|count| self.plain_squares(count)),
+            (_, false) => [0, self.plain_squares(12)],
             (_, true) => [18, 0],
         };
         let more = if own > 0 { w.hidden + 3 * w.packed } else { 0 } + if s.loss.hidden() { 4 * w.hidden } else { 0 };
@@ -271,7 +270,8 @@ impl<'a> Costs<'a> {
             + s.lora_targets().iter().map(low_rank).sum::<u64>();
         let gradients = 3 * w.hidden + (5 * w.mlp).max(w.query + w.packed + 6 * w.features);
         let plain = self.device == PlanDevice::Cuda || self.a.softcap.is_some();
-        let whole = if self.converted.len() < self.a.layers { 16 } else { 4 };
+        // Of layers that stay softmax, which have a graph here; one without walks blocks of rows.
+        let whole = if self.converted.len() < self.a.layers { 16 } else { 0 };
         let squares = if plain { [whole, 16].map(|count| self.plain_squares(count)) } else { [0, 0] };
         let graphs = |micro: usize| self.activations(micro, s.seq_len, graph) + self.squares(micro, s.seq_len, squares);
 

@@ -119,10 +119,12 @@ fn entries<'a>(model: &'a Model, target: &'static Target, dtype: Option<Dtype>) 
         } else {
             let wide = if shifted(a, role) { DType::F32 } else { DType::try_from(info.dtype)? };
             Data::Lazy(Box::new(move || {
-                let read = |name: &String| laid_out(a, target, role, checkpoint.tensor(name, wide, &Device::Cpu)?);
-                let parts = names.iter().map(read).collect::<Result<Vec<_>>>()?;
-                let whole = if let [one] = parts.as_slice() { one.clone() } else { Tensor::stack(&parts, 0)? };
-                tensor_bytes(&whole, dtype)
+                let mut bytes = Vec::new();
+                for name in &names {
+                    let stored = checkpoint.tensor(name, wide, &Device::Cpu)?;
+                    bytes.extend(tensor_bytes(&laid_out(a, target, role, stored)?, dtype)?);
+                }
+                Ok(bytes)
             }))
         };
         if role == Role::Embedding && a.tied && target.own_head {
