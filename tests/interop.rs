@@ -4,6 +4,9 @@
 //! `MARGAY_PYTHON` names a Python with `torch` and `transformers`, else it is `python3`; without them these
 //! tests are skipped by name.
 
+#[allow(dead_code)] // ids of its marks are for other tests
+#[path = "common/byte_tokenizer.rs"]
+mod byte_tokenizer;
 #[path = "common/parity.rs"]
 mod parity;
 #[path = "common/random.rs"]
@@ -442,4 +445,168 @@ fn liger_gets_its_own_names() {
     let model = Model::open(export.to_str().unwrap(), &Silent).unwrap();
     let error = formats::write(&model, Format::Liger, &SHAPE, &dir.path().join("no"), &Silent).unwrap_err();
     assert!(error.message.contains("window"), "{}", error.message);
+}
+
+/// What a GGUF file is made of: a model of `fixtures/families` with changes. `known` where the reader of transformers
+/// knows all of it: it leaves out keys of some architectures and has none of others.
+struct Gguf {
+    case: &'static str,
+    changes: Value,
+    known: bool,
+}
+
+/// Models of every family that llama.cpp computes.
+fn gguf_cases() -> Vec<Gguf> {
+    let case = |case, changes, known| Gguf { case, changes, known };
+    let full = json!({ "sliding_window": null });
+    // The numbers that transformers takes for granted.
+    let gemma2 = json!({ "head_dim": 256, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0 });
+    let gemma3 = json!({ "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window_pattern": 6,
+        "rope_scaling": null, "rope_local_base_freq": 10_000.0 });
+    vec![
+        case("llama", json!({ "attention_bias": false, "mlp_bias": false }), true),
+        case("llama", json!({}), false),
+        case("llama-llama3", json!({}), false),
+        case("llama-linear", json!({}), false),
+        case("llama-yarn", json!({}), false),
+        case("llama-yarn-mscale", json!({}), false),
+        case("mistral", full.clone(), true),
+        case("mistral", json!({}), true),
+        case("ministral", json!({}), true),
+        case("qwen2", json!({}), true),
+        case("qwen2-window", json!({}), true),
+        case("qwen3", json!({ "head_dim": 128 }), true),
+        case("qwen3", json!({}), false),
+        case("smollm3", json!({ "no_rope_layers": null, "no_rope_layer_interval": 4 }), false),
+        case("granite", json!({}), false),
+        case("olmo2", json!({}), false),
+        case("gemma2", gemma2, true),
+        case("gemma2", json!({ "query_pre_attn_scalar": 12 }), false),
+        case("gemma3", gemma3, true),
+        case("gemma3", json!({ "query_pre_attn_scalar": 12 }), false),
+        case("gemma3-newer", json!({}), false),
+        case("phi3", full, true),
+        case("phi3", json!({}), true),
+        // llama.cpp takes the divisors by the size of its context, of which it makes a multiple of 256.
+        case("phi3-longrope", json!({ "original_max_position_embeddings": 256 }), false),
+        case("mixtral", json!({}), false),
+        case("qwen3_moe", json!({ "mlp_only_layers": [] }), false),
+        case("gpt_neox", json!({}), false),
+        case("gpt_neox-serial", json!({}), false),
+        case("gpt2", json!({ "n_positions": 1024 }), true),
+        case("starcoder2", json!({ "rope_theta": 10_000.0 }), true),
+        case("starcoder2", json!({ "sliding_window": 40 }), false),
+    ]
+}
+
+/// Texts and their ids as margay's tokenizer has them, BOS included where it puts one.
+fn texts(model: &Path, to: &Path) {
+    let tokenizer = margay::data::Tokenizer::open(model).unwrap();
+    let texts = [
+        "The margay is a small cat.",
+        "It's 1984, isn't  it?\n\n  I've 12345 reasons: na\u{ef}ve caf\u{e9}, \u{6771}\u{4eac}, \u{1f408}!",
+        "",
+        " a",
+        "def f(x):\n    return x ** 2  # squares\n",
+    ];
+    let pairs: Vec<Value> = texts.map(|text| json!([text, tokenizer.encode_prompt(text).unwrap()])).into();
+    std::fs::write(to, json!(pairs).to_string()).unwrap();
+}
+
+/// What others read of GGUF files: `(model, file)`, with the texts for their tokenizers beside the file.
+fn read_gguf(python: &Path, files: &[(PathBuf, PathBuf)], home: &Path) -> Vec<Value> {
+    let lists: Vec<PathBuf> = files.iter().map(|(_, file)| file.with_extension("json")).collect();
+    files.iter().zip(&lists).for_each(|((model, _), list)| texts(model, list));
+    let args = files.iter().zip(&lists).flat_map(|((model, file), list)| [model.as_path(), file, list]);
+    let found = run(python, "gguf_check.py", &args.collect::<Vec<_>>(), home);
+    assert_eq!(found.len(), files.len());
+    for case in &found {
+        // Where llama.cpp is there, its tokenizer gives margay's ids.
+        assert!(case["ids"].is_null() || case["ids"].as_array().unwrap().iter().all(|same| *same == true), "{case}");
+    }
+    found
+}
+
+#[test]
+fn gguf_files_are_the_same_models() {
+    let Some(python) = python("torch, transformers, gguf") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let single = Shape { dtype: Some(safetensors::Dtype::F32), ..SHAPE };
+    let (mut bases, mut files) = (Vec::new(), Vec::new());
+    for (n, Gguf { case, changes, .. }) in gguf_cases().into_iter().enumerate() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fixtures/families/{case}.json"));
+        let mut config = parity::case(&path)["config"].clone();
+        config["vocab_size"] = json!(260); // of the byte tokenizer
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let base = family(&config);
+        std::fs::write(base.path().join("tokenizer.json"), byte_tokenizer::byte_tokenizer().to_string()).unwrap();
+        let file = dir.path().join(format!("{n:02}-{case}.gguf"));
+        rewrite(base.path(), Format::Gguf, &single, &file);
+        files.push((base.path().to_path_buf(), file));
+        bases.push(base);
+    }
+    for (found, Gguf { case, known, .. }) in read_gguf(&python, &files, dir.path()).iter().zip(gguf_cases()) {
+        let (transformers, llama_cpp) = (&found["transformers"], &found["llama_cpp"]);
+        eprintln!("{case}: transformers {transformers}, llama.cpp {llama_cpp}");
+        assert!(!known || transformers.as_f64().is_some_and(|d| d <= 1e-5), "{case}: {transformers}");
+        // Its GELU is a table in f16.
+        let gelu = ["gemma2", "gemma3", "gptneox", "gpt2", "starcoder2"].iter().any(|a| found["architecture"] == *a);
+        let bound = if gelu { 5e-3 } else { 1e-5 };
+        assert!(llama_cpp.is_null() || llama_cpp.as_f64().is_some_and(|d| d <= bound), "{case}: {llama_cpp}");
+    }
+}
+
+/// Trained models with tokenizers of their own, byte-level and by SentencePiece.
+#[test]
+fn gguf_files_have_the_tokenizer() {
+    let Some(python) = python("torch, transformers, gguf") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut files = Vec::new();
+    let dtypes = [("bf16", None), ("f16", Some(safetensors::Dtype::F16)), ("f32", Some(safetensors::Dtype::F32))];
+    for (name, dtype) in dtypes {
+        let file = dir.path().join(format!("{name}.gguf"));
+        rewrite(&llama(), Format::Gguf, &Shape { dtype, ..SHAPE }, &file);
+        files.push((llama(), file));
+    }
+    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");
+    let own = tempfile::tempdir().unwrap();
+    let mut models: Vec<PathBuf> = ["stories260k", "scribe-11m"].map(|name| shared.join("models").join(name)).into();
+    if let Ok(bytes) = std::fs::read(shared.join("tokenizers/sp-bpe-32k/tokenizer.json")) {
+        let config = tiny_model::config(json!({ "vocab_size": 32_064 }));
+        let folder = tiny_model::folder(&config, &tiny_model::weights(&config));
+        std::fs::write(folder.path().join("tokenizer.json"), bytes).unwrap();
+        models.push(folder.keep());
+    }
+    let there = models.len();
+    models.retain(|model| model.is_dir());
+    if models.len() < there {
+        eprintln!("skipped in part: {} is not there", shared.display());
+    }
+    for (n, model) in models.iter().enumerate() {
+        let folder = own.path().join(n.to_string());
+        rewrite(model, Format::Gguf, &SHAPE, &folder);
+        files.push((model.clone(), folder.join("model.gguf")));
+    }
+    let found = read_gguf(&python, &files, dir.path());
+    for (found, (name, bound)) in found.iter().zip([("BF16", 1e-5), ("F16", 1e-2), ("F32", 1e-5)]) {
+        let tensors = found["tensors"].as_object().unwrap();
+        assert_eq!(tensors["blk.0.attn_q.weight"], json!([name, 128, 128]));
+        assert_eq!(tensors["token_embd.weight"], json!([name, 1024, 128]));
+        assert_eq!(tensors["blk.3.ffn_down.weight"], json!([name, 128, 384]));
+        assert_eq!(tensors["blk.3.ffn_norm.weight"], json!(["F32", 128]));
+        assert_eq!(tensors.len(), 4 * 9 + 2); // tied: no head
+        assert!(found["transformers"].as_f64().is_some_and(|d| d <= bound), "{}", found["transformers"]);
+        let (keys, name) = (&found["keys"], "llama-tiny");
+        assert_eq!((&keys["general.name"], &keys["llama.block_count"]), (&json!(name), &json!(4)));
+        assert_eq!(
+            (&keys["tokenizer.ggml.pre"], &keys["tokenizer.ggml.add_bos_token"]),
+            (&json!("gpt-2"), &json!(true))
+        );
+    }
+    for found in &found {
+        eprintln!("{}: transformers {}, llama.cpp {}", found["name"], found["transformers"], found["llama_cpp"]);
+        // bf16 products of llama.cpp are those of bf16 activations.
+        assert!(found["llama_cpp"].is_null() || found["llama_cpp"].as_f64().is_some_and(|d| d < 0.05), "{found}");
+    }
 }

@@ -133,24 +133,12 @@ fn write_shard(
     let mut out = AtomicFile::create(path)?;
     out.write(&(header.len() as u64).to_le_bytes())?;
     out.write(&header)?;
-    for Entry { name, dtype, shape, data } in entries {
+    for entry in entries {
         if stop_requested() {
             return Err(Error::new(Kind::Interrupted, format!("stopped while writing `{}`", path.display())));
         }
-        let made;
-        let bytes = match data {
-            Data::Bytes(bytes) => bytes,
-            Data::Lazy(make) => {
-                made = make()?;
-                &made
-            }
-        };
-        if Some(bytes.len() as u64) != byte_size(dtype, &shape) {
-            let message = format!("tensor `{name}` of {dtype} {shape:?} came with {} bytes", bytes.len());
-            return Err(Error::new(Kind::Unexpected, message));
-        }
-        out.write(bytes)?;
-        progress.advance(bytes.len() as u64, "");
+        let length = out.entry(entry)?;
+        progress.advance(length, "");
     }
     out.finish(&file)
 }
@@ -186,6 +174,24 @@ impl AtomicFile {
         self.hash.update(bytes);
         self.bytes += bytes.len() as u64;
         self.out.write_all(bytes).map_err(|e| output("write", &self.target, e))
+    }
+
+    /// Writes the data of a tensor, which must have the size of its type and shape, and gives their length.
+    pub fn entry(&mut self, Entry { name, dtype, shape, data }: Entry) -> Result<u64> {
+        let made;
+        let bytes = match data {
+            Data::Bytes(bytes) => bytes,
+            Data::Lazy(make) => {
+                made = make()?;
+                &made
+            }
+        };
+        if Some(bytes.len() as u64) != byte_size(dtype, &shape) {
+            let message = format!("tensor `{name}` of {dtype} {shape:?} came with {} bytes", bytes.len());
+            return Err(Error::new(Kind::Unexpected, message));
+        }
+        self.write(bytes)?;
+        Ok(bytes.len() as u64)
     }
 
     /// Flushes to the disk and renames into place; `file` is the name to report.

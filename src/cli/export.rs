@@ -1,4 +1,4 @@
-//! `margay export`: a converted model for another program.
+//! `margay export`: a model for another program.
 
 use std::path::PathBuf;
 
@@ -21,14 +21,15 @@ use super::quoted;
 
 #[derive(Args)]
 pub struct Export {
-    /// A folder that `margay convert` wrote; with --base the official LoLCATs checkpoints `_distill.pt` and `_ft.pt`
+    /// A folder that `margay convert` wrote, for gguf any model; with --base the official LoLCATs checkpoints
+    /// `_distill.pt` and `_ft.pt`
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<PathBuf>,
     /// What to write
     #[arg(long, value_name = "FORMAT", default_value = "transformers", value_parser = names(Format::ALL.map(|f| f.0)))]
     to: String,
-    /// The folder to write, which must not exist yet
-    #[arg(long, value_name = "DIR")]
+    /// The folder to write, which must not exist yet; with gguf also a file whose name ends so
+    #[arg(long, value_name = "PATH")]
     out: PathBuf,
     /// Round the base model's tensors to this type; those of mixers stay in f32
     #[arg(long, value_name = "TYPE", value_parser = names(DTYPES.map(|d| d.0)))]
@@ -71,6 +72,10 @@ impl Export {
         let dtype = self.dtype.as_deref().and_then(|name| named(&DTYPES, name));
         let shape = Shape { dtype, max_shard_bytes: parse_size(&self.max_shard_size)? };
         let format = named(&Format::ALL, &self.to).unwrap_or(Format::Transformers);
+        if repository.is_some() && formats::is_gguf(&self.out) {
+            let message = format!("`{}` is a file, and --push sends a folder", self.out.display());
+            return Err(Error::new(Kind::Usage, message).hint("name a folder with --out: the file is made in it"));
+        }
         let files = match (&self.base, &self.recipe, self.sources.as_slice()) {
             (Some(base), Some(recipe), sources) => {
                 if format != Format::Transformers {
@@ -94,8 +99,9 @@ impl Export {
             }
         };
         let total: u64 = files.iter().map(|f| f.bytes).sum();
-        let folder = quoted(&self.out.to_string_lossy());
-        out.say(&format!("wrote {} files, {}: {folder}", files.len(), bytes(total)));
+        let path = quoted(&self.out.to_string_lossy());
+        let files = if files.len() == 1 { "1 file".into() } else { format!("{} files", files.len()) };
+        out.say(&format!("wrote {files}, {}: {path}", bytes(total)));
         if let Some(id) = repository {
             out.say(&format!("pushed: {}", hub::push(&self.out, &id, self.private, out)?));
         }

@@ -52,7 +52,7 @@ Formats:
   adapter       what changed of the base model: LoRA as a PEFT folder, the mixers' tensors beside it
   lolcats       `_distill.pt` and `_ft.pt` of the official LoLCATs code, with its configuration
   liger         a folder of the official Liger code
-  gguf          refused: llama.cpp has no architecture that holds these mixers
+  gguf          one file for llama.cpp, of any model whose layers are all softmax: it knows no other mixers
 
 From official LoLCATs checkpoints:
   margay export a_distill.pt a_ft.pt --base MODEL --recipe RECIPE --out DIR";
@@ -89,7 +89,7 @@ pub enum Command {
     Inspect(plan::Inspect),
     /// Reopen an exported model and check it
     Verify(verify::Verify),
-    /// Write a converted model for another program: transformers, PEFT, the official LoLCATs and Liger code
+    /// Write a model for another program: transformers, PEFT, the official LoLCATs and Liger code, llama.cpp
     #[command(after_help = EXPORTS)]
     Export(export::Export),
     /// Measure perplexity, agreement with a teacher, recall and multiple choice

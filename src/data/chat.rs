@@ -103,6 +103,11 @@ impl ChatTemplate {
         Ok(Some(ChatTemplate { file, source: source.unwrap_or_default(), tokens, environment }))
     }
 
+    /// The template itself.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// What the text of a conversation depends on beside its messages.
     pub fn identity(&self) -> String {
         format!("{:?} {:?}", self.source, self.tokens)

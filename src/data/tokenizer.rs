@@ -105,6 +105,11 @@ impl Tokenizer {
         self.eos
     }
 
+    /// Whether the tokenizer ends a text with EOS itself.
+    pub fn adds_eos(&self) -> bool {
+        self.adds_eos
+    }
+
     /// Every token at which generation stops, ascending: EOS and those that `config.json` and `generation_config.json`
     /// list.
     pub fn stops(&self) -> &[u32] {
@@ -223,7 +228,8 @@ impl Tokenizer {
         Ok(Joins { bos, eos: self.join("eos", settings.eos, self.eos, false)? })
     }
 
-    fn adds_bos(&self) -> bool {
+    /// Whether the tokenizer begins a text with BOS itself.
+    pub fn adds_bos(&self) -> bool {
         self.bos.is_some_and(|bos| self.lead.contains(&bos))
     }
 
@@ -290,7 +296,7 @@ fn failed(e: tokenizers::Error) -> Error {
 }
 
 /// A JSON file that may be missing (`null` then).
-pub(super) fn optional_json(path: &Path) -> Result<Value> {
+pub(crate) fn optional_json(path: &Path) -> Result<Value> {
     match fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map_err(|e| Error::new(Kind::Checkpoint, format!("`{}` is not JSON: {e}", path.display()))),

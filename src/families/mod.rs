@@ -1,7 +1,22 @@
 //! What a `config.json` means for the one decoder: data, one file per family.
 //!
-//! **Adding a family**: `src/families/<name>.rs` with a `FAMILY` (the [`Names`] of its tensors, a function from
-//! `config.json` to [`Architecture`]), its row in [`REGISTRY`], `recipes/<family>/`, and a row in `fixtures/families.py`.
+//! **Adding a family** named `NAME`, which is its `model_type`:
+//!
+//! 1. `src/families/NAME.rs` with a `FAMILY`: the [`Names`] of its tensors and a function from `config.json` to
+//!    [`Architecture`]. `llama::base` reads what most share, `windows` sliding windows, `rope` the rotations; what is left
+//!    are a few fields of [`Architecture`], whose docs say what each means. In [`Names`] an empty module is one the family
+//!    has not (`""` for the gate of an MLP without one); norms with [`NormKind::Layer`] have biases.
+//! 2. Its `mod` line below and its row in [`REGISTRY`].
+//! 3. A case `NAME` in `fixtures/families.py`, more for settings of its own, written by
+//!    `python fixtures/families.py NAME`: the logits of transformers that `tests/parity.rs` compares.
+//! 4. `recipes/NAME/` with a `README.md`, `lolcats.toml`, `liger-gla.toml` and `lizard.toml`, copied from another family; a
+//!    `_text` at the end of a name is left out here and in fixtures. Their rows in `recipes/README.md`.
+//! 5. A row in the tables of `README.md` and `src/convert/export/gguf/target.rs`, where llama.cpp knows it.
+//!
+//! `cargo test --release` finds all of it: `parity` and `families` the fixture, `every_recipe` the recipes, `interop` the
+//! export, which needs no line of its own in `modeling_margay.py`. The list of recipes is a snapshot:
+//! `INSTA_UPDATE=always cargo test --release --test cli` accepts the new rows.
+//!
 //! The decoder reads nothing but [`Architecture`]; every tensor of the checkpoint is claimed by a [`Role`] or listed in
 //! `ignored`, else it is an error.
 
@@ -24,6 +39,7 @@ mod qwen2;
 mod qwen3;
 mod qwen3_moe;
 mod smollm3;
+mod starcoder2;
 
 use std::collections::BTreeMap;
 
@@ -51,6 +67,7 @@ pub const REGISTRY: &[Family] = &[
     qwen3_moe::FAMILY,
     gpt_neox::FAMILY,
     gpt2::FAMILY,
+    starcoder2::FAMILY,
 ];
 
 /// One model family.

@@ -13,12 +13,16 @@
 //!
 //! On the CPU it is [`super::hybrid_attn`] without a linear part: the window's share σ is 1, keys before the window are
 //! dropped. On a GPU (bf16) blocks of keys stream past blocks of rows and nothing of size T x T is formed. Elsewhere a
-//! window is served by blocks of rows, each against the band of keys it sees, linear in T.
+//! window is served by blocks of rows, each against the band of keys it sees, linear in T, and no window by blocks of rows
+//! where there is no gradient.
 
 use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor};
 
 use super::cpu;
 use super::hybrid_attn::{Core, HybridAttn, Upstream, Window};
+
+/// Rows that meet all keys at once where no window limits them and the plain form runs.
+const ROWS: usize = 128;
 
 /// The op's constants.
 #[derive(Debug, Clone, Copy)]
@@ -70,6 +74,7 @@ impl SoftmaxAttn {
             Some(window) if qkv.dtype() != DType::F64 && 2 * window.max(64) < time => {
                 self.banded_with_mass(qkv, window)
             }
+            None if qkv.dtype() != DType::F64 && !qkv.track_op() && ROWS < time => self.rowwise_with_mass(qkv),
             _ => self.parallel_with_mass(qkv),
         }
     }
@@ -80,6 +85,22 @@ impl SoftmaxAttn {
         let [q, k, v] = self.split(&qkv.to_dtype(super::wide(qkv.dtype()))?)?;
         let mask = causal_mask(time, time, self.window, qkv.device())?;
         self.gather(self.divide([&q, &k, &v], &mask)?, qkv)
+    }
+
+    /// The same in blocks of rows one after the other, each against all keys up to its end: where nothing asks for a
+    /// gradient, whose graph would keep all blocks.
+    fn rowwise_with_mass(&self, qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let time = qkv.dim(1)?;
+        let [q, k, v] = self.split(&qkv.to_dtype(super::wide(qkv.dtype()))?)?;
+        let block = |from: usize| {
+            let rows = ROWS.min(time - from);
+            let until = |x: &Tensor| x.narrow(2, 0, from + rows)?.contiguous();
+            let mask = causal_mask(rows, from + rows, None, qkv.device())?;
+            self.divide([&q.narrow(2, from, rows)?.contiguous()?, &until(&k)?, &until(&v)?], &mask)
+        };
+        let blocks = (0..time).step_by(ROWS).map(block).collect::<Result<Vec<_>>>()?;
+        let join = |part: usize| Tensor::cat(&blocks.iter().map(|block| &block[part]).collect::<Vec<_>>(), 2);
+        self.gather([join(0)?, join(1)?, join(2)?], qkv)
     }
 
     /// The same in blocks of as many rows as a window holds, at least 64, each against the band of keys it sees. Bands
@@ -418,7 +439,13 @@ mod tests {
                             true => joined(kind, op.parallel_with_mass(&x[0])),
                             false => joined(kind, op.forward_with_mass(&x[0])),
                         });
-                        let Some(window) = window else { continue };
+                        let Some(window) = window else {
+                            check(&format!("rows: {what}"), &x, 2e-5, |x| match oracle(&x[0]) {
+                                true => joined(kind, op.parallel_with_mass(&x[0])),
+                                false => joined(kind, op.rowwise_with_mass(&x[0])),
+                            });
+                            continue;
+                        };
                         check(&format!("bands: {what}"), &x, 2e-5, |x| match oracle(&x[0]) {
                             true => joined(kind, op.parallel_with_mass(&x[0])),
                             false => joined(kind, op.banded_with_mass(&x[0], window)),

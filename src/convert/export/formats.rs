@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
-use super::{FileRow, Manifest, Shape, adapter, base_entries, describe, liger, lolcats, put};
+use super::{FileRow, Manifest, Shape, adapter, base_entries, describe, gguf, liger, lolcats, put};
 use crate::checkpoint::writer::{Data, Entry};
 use crate::convert::load::{Linearization, Model};
 use crate::error::{Error, Kind, Result};
 use crate::families::Claim;
 use crate::progress::Progress;
+
+pub use super::gguf::is_file as is_gguf;
 
 /// What to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +22,7 @@ pub enum Format {
     Lolcats,
     /// A folder of the official Liger code.
     Liger,
-    /// One file for llama.cpp.
+    /// One file for llama.cpp, of a model without converted layers.
     Gguf,
 }
 
@@ -34,29 +36,26 @@ impl Format {
     ];
 }
 
-/// Writes the converted model `model` into the new folder `dir`.
+/// Writes `model` into the new folder `out`: a converted one, but for GGUF, where `out` may be a file too.
 pub fn write(
     model: &Model,
     format: Format,
     shape: &Shape,
-    dir: &Path,
+    out: &Path,
     progress: &dyn Progress,
 ) -> Result<Vec<FileRow>> {
-    let linearization = model.description.linearization.as_ref().ok_or_else(|| {
-        let message = format!("`{}` is not a converted model", model.checkpoint.source.id);
-        Error::new(Kind::Usage, message).hint("give a folder that `margay convert` wrote")
-    })?;
+    let converted = || {
+        model.description.linearization.as_ref().ok_or_else(|| {
+            let message = format!("`{}` is not a converted model", model.checkpoint.source.id);
+            Error::new(Kind::Usage, message).hint("give a folder that `margay convert` wrote")
+        })
+    };
     match format {
-        Format::Transformers => whole(model, linearization, shape, dir, progress),
-        Format::Adapter => adapter::write(model, linearization, shape, dir, progress),
-        Format::Lolcats => lolcats::write(model, linearization, dir),
-        Format::Liger => liger::write(model, linearization, shape, dir, progress),
-        Format::Gguf => {
-            let kind = linearization.mixer.design().name();
-            let message = format!("no GGUF architecture holds `{kind}` attention: llama.cpp could not run the file");
-            Err(Error::new(Kind::Usage, message)
-                .hint("`--to transformers` runs everywhere PyTorch does; the base model itself has GGUF files already"))
-        }
+        Format::Transformers => whole(model, converted()?, shape, out, progress),
+        Format::Adapter => adapter::write(model, converted()?, shape, out, progress),
+        Format::Lolcats => lolcats::write(model, converted()?, out),
+        Format::Liger => liger::write(model, converted()?, shape, out, progress),
+        Format::Gguf => gguf::write(model, shape, out, progress),
     }
 }
 

@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod formats;
+mod gguf;
 mod liger;
 pub mod lolcats;
 mod manifest;

@@ -232,9 +232,9 @@ impl<'a> Costs<'a> {
         let changed = 2.0 * own as f64 * packed + 6.0 * changes.elements() as f64;
 
         let squares = match (self.device, s.loss.attention_ce > 0.0) {
-            (PlanDevice::Cpu, false) if self.a.softcap.is_none() => 0,
-            (_, false) => self.plain_squares(12),
-            (_, true) => 18,
+            (PlanDevice::Cpu, false) if self.a.softcap.is_none() => [0, 0],
+            (_, false) => [0, self.plain_squares(12)],
+            (_, true) => [18, 0],
         };
         let more = if own > 0 { w.hidden + 3 * w.packed } else { 0 } + if s.loss.hidden() { 4 * w.hidden } else { 0 };
         Cost {
@@ -282,7 +282,9 @@ impl<'a> Costs<'a> {
             + s.lora_targets().iter().map(low_rank).sum::<u64>();
         let gradients = 3 * w.hidden + mlp.1.max(w.query + w.packed + 6 * w.features);
         let plain = self.device == PlanDevice::Cuda || self.a.softcap.is_some();
-        let squares = if plain { self.plain_squares(16) } else { 0 };
+        // Of layers that stay softmax, which have a graph here; one without walks blocks of rows.
+        let whole = if self.converted.len() < self.a.layers { 16 } else { 0 };
+        let squares = if plain { [whole, 16].map(|count| self.plain_squares(count)) } else { [0, 0] };
         let graphs = |micro: usize| self.activations(micro, s.seq_len, graph) + self.squares(micro, s.seq_len, squares);
 
         let room: u64 = match self.device {
@@ -363,11 +365,15 @@ impl<'a> Costs<'a> {
         if dim.is_multiple_of(8) && dim <= 128 && self.a.softcap.is_none() { 0 } else { count }
     }
 
-    /// `count` matrices of attention weights [micro, H, T, T].
-    fn squares(&self, micro: usize, seq_len: usize, count: u64) -> u64 {
-        (micro * self.a.heads) as u64 * (seq_len as u64).pow(2) * count * self.device.element()
+    /// So many matrices of attention weights [micro, H, T, T], and of bands of them [micro, H, T, BAND].
+    fn squares(&self, micro: usize, seq_len: usize, [whole, bands]: [u64; 2]) -> u64 {
+        let time = seq_len as u64;
+        (micro * self.a.heads) as u64 * time * (whole * time + bands * time.min(BAND)) * self.device.element()
     }
 }
+
+/// Keys that a chunk of rows meets, for windows of up to 128.
+const BAND: u64 = 256;
 
 /// What a stage does and holds, beside weights and training state.
 struct Cost {

@@ -15,13 +15,13 @@
 //! φk of every *query* head), `factors` `[H]` the window factors before the sigmoid; result [B, T, H, D].
 //!
 //! The fast forms walk chunks of rows with the state S = Σ φk_j [v_j, 1] of all keys before the chunk's reach, so
-//! their cost is linear in T: `cpu.rs`.
+//! their cost is linear in T: `cpu.rs`. What they do not serve, such as a cap, is plain tensor operations over such chunks.
 
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 
 use super::cpu::{elements, with};
 use super::loss::{mse, with_gradient};
@@ -54,6 +54,15 @@ impl Window {
         }
     }
 
+    /// Rows per chunk of the form in plain operations: at least 64, and so many blocks that no window reaches beyond the
+    /// chunk before.
+    fn rows(self) -> usize {
+        match self {
+            Window::Sliding(n) => n.max(64),
+            Window::Terraced(n) => n * 64usize.div_ceil(n),
+        }
+    }
+
     /// Rows per chunk of the chunkwise forms: near 64; a terraced chunk never crosses a block.
     fn chunk(self) -> usize {
         match self {
@@ -71,7 +80,7 @@ pub struct HybridAttn {
     pub window: Window,
     /// λ = 1 - σ(f) instead of 1.
     pub affine: bool,
-    /// Scores are bent to stay between -cap and cap; the plain form serves this.
+    /// Scores are bent to stay between -cap and cap; plain tensor operations serve this.
     pub softcap: Option<f32>,
 }
 
@@ -86,7 +95,10 @@ impl HybridAttn {
             return Ok(y);
         }
         if !self.is_fast(qkv) {
-            return Ok(self.parallel(qkv, features, factors)?.0);
+            return match qkv.dtype() != DType::F64 && self.window.rows() < qkv.dim(1)? / 2 {
+                true => self.chunked(qkv, features, factors),
+                false => Ok(self.parallel(qkv, features, factors)?.0),
+            };
         }
         let op = Op { shape: *self, qkv_grad: qkv.track_op() };
         qkv.contiguous()?.apply_op3(&features.contiguous()?, &factors.contiguous()?, op)
@@ -208,6 +220,61 @@ impl HybridAttn {
         Ok((weights.matmul(&v)?.transpose(1, 2)?.contiguous()?, weights))
     }
 
+    /// The same in plain tensor operations of memory linear in T, in f32: chunks of rows side by side, each against the
+    /// keys of its own chunk and of the one before, and the state of all chunks before those.
+    fn chunked(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Tensor> {
+        let (batch, time, _, dim) = qkv.dims4()?;
+        let (h, g, rows, device) = (self.heads, self.kv_heads, self.window.rows(), qkv.device());
+        let chunks = time.div_ceil(rows);
+        let wide = |x: &Tensor| x.to_dtype(DType::F32)?.transpose(1, 2)?.contiguous(); // [B, heads, T, ..]
+        let split = |x: &Tensor| {
+            let x = x.pad_with_zeros(2, 0, chunks * rows - time)?;
+            x.reshape((batch * h, chunks, rows, x.dim(3)?))
+        };
+        let heads = |from, count| repeat_kv(&wide(&qkv.narrow(2, from, count)?)?, h / count);
+        let phi = |from| split(&wide(&features.narrow(2, from, h)?)?);
+        let (q, k, v) = (split(&heads(0, h)?)?, split(&heads(h, g)?)?, heads(h + g, g)?);
+        let v = split(&Tensor::cat(&[&v, &v.narrow(3, 0, 1)?.ones_like()?], 3)?)?; // [B H, chunks, rows, D + 1]
+        let (fq, fk) = (phi(0)?, phi(h)?);
+        // A chunk's keys behind those of the one before.
+        let band = |x: &Tensor| Tensor::cat(&[&x.pad_with_zeros(1, 1, 0)?.narrow(1, 0, chunks)?, x], 2)?.contiguous();
+
+        // Of row i and the cells of its band, whose first is key (i / rows - 1) * rows: [chunks, rows, 2 rows].
+        let cells = |inside: &dyn Fn(usize, usize) -> bool| {
+            let cell = |n: usize| {
+                let (i, j) = (n / (2 * rows), n / (2 * rows) / rows * rows + n % (2 * rows));
+                j.checked_sub(rows).is_some_and(|j| inside(i, j)) as u8 as f32
+            };
+            Tensor::from_iter((0..2 * chunks * rows * rows).map(cell), device)?.reshape((chunks, rows, 2 * rows))
+        };
+        let window = cells(&|i, j| j <= i && j >= self.window.start(i))?;
+        let before = cells(&|i, j| j < self.window.start(i))?;
+        let factor = sigmoid(&factors.to_dtype(DType::F32)?)?.reshape((1, h))?.broadcast_as((batch, h))?;
+        let factor = factor.reshape((batch * h, 1, 1, 1))?;
+
+        let scores = self.bend((q.matmul(&band(&k)?.t()?)? * (dim as f64).powf(-0.5))?)?;
+        let scores = scores.broadcast_mul(&window)?.broadcast_add(&((&window - 1.0)? * 1e30)?)?;
+        let top = scores.max_keepdim(D::Minus1)?.clamp(-1e29, f64::MAX)?;
+        let soft = scores.broadcast_sub(&top)?.exp()?.broadcast_mul(&window)?.broadcast_mul(&factor)?;
+        let near = fq.matmul(&band(&fk)?.t()?)?.broadcast_mul(&before)?;
+        // States of single chunks, then for each chunk the sum over those before its band: [B H, chunks, F, D + 1].
+        let states = fk.t()?.matmul(&v)?;
+        let (width, columns) = (states.dim(2)?, states.dim(3)?);
+        let earlier =
+            Tensor::from_iter((0..chunks * chunks).map(|n| (n % chunks + 1 < n / chunks) as u8 as f32), device)?;
+        let earlier = earlier.reshape((chunks, chunks))?;
+        let states = earlier.broadcast_matmul(&states.reshape((batch * h, chunks, width * columns))?)?;
+        let far = fq.matmul(&states.reshape((batch * h, chunks, width, columns))?)?;
+        let (near, far) = match self.affine {
+            true => (near.broadcast_mul(&(1.0 - &factor)?)?, far.broadcast_mul(&(1.0 - &factor)?)?),
+            false => (near, far),
+        };
+        let sums = ((soft + near)?.matmul(&band(&v)?)? + far)?;
+        let y = sums.narrow(3, 0, dim)?.broadcast_div(&sums.narrow(3, dim, 1)?.maximum(MIN_DENOMINATOR)?)?;
+        let y = y.reshape((batch, h, chunks * rows, dim))?.narrow(2, 0, time)?;
+        y.transpose(1, 2)?.contiguous()?.to_dtype(qkv.dtype())
+    }
+
     /// The soft-cap.
     pub(crate) fn bend(&self, scores: Tensor) -> Result<Tensor> {
         self.softcap.map_or(Ok(scores.clone()), |cap| bend(&scores, f64::from(cap)))
@@ -302,11 +369,11 @@ mod tests {
                 for window in
                     [Sliding(0), Sliding(1), Sliding(16), Sliding(64), Sliding(500), Terraced(16), Terraced(96)]
                 {
-                    for affine in [false, true] {
-                        let op = HybridAttn { heads: 4, kv_heads: 2, window, affine, softcap: None };
+                    for (affine, softcap) in [(false, None), (true, None), (false, Some(3.0)), (true, Some(3.0))] {
+                        let op = HybridAttn { heads: 4, kv_heads: 2, window, affine, softcap };
                         let phi = input("randn", &[2, time, 8, 6], 2).abs().unwrap();
                         let x = [input(kind, &[2, time, 8, 8], 1), phi, input("randn", &[4], 3)];
-                        visit(&format!("{kind}, {time}, {window:?}, affine {affine}"), op, x);
+                        visit(&format!("{kind}, {time}, {window:?}, affine {affine}, {softcap:?}"), op, x);
                     }
                 }
             }
