@@ -19,13 +19,17 @@ pub mod cuda;
 pub mod decode;
 pub mod delta_rule;
 pub mod feature_map;
+pub mod gate;
 pub mod gated_linear_attn;
 pub mod head_loss;
 pub mod hybrid_attn;
 pub mod linear;
 pub mod loss;
+pub mod mix;
+pub mod project;
 pub mod rms_norm;
 pub mod rope;
+pub mod shares;
 pub mod softmax_attn;
 pub mod swiglu;
 
