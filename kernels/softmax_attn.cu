@@ -3,10 +3,13 @@
 //   s_ij = q_i·k_j scale, or cap tanh(q_i·k_j scale / cap)         i - window < j <= i
 //   lse_i = log(exp(sink) + Σ_j exp(s_ij))                          the sink's term only where sinks are given
 //   y_i   = Σ_j exp(s_ij - lse_i) v_j
-//   δ_i   = dy_i·y_i      dS_ij = p_ij (dy_i·v_j - δ_i)      dq_i = scale Σ_j dS_ij k_j      dk_j = scale Σ_i dS_ij q_i
+//   top_i = max_j s_ij    mass_i = Σ_j exp(s_ij - top_i)            where asked, without sinks
+//   δ_i   = dy_i·y_i - dlse_i   dS_ij = p_ij (dy_i·v_j - δ_i)   dq_i = scale Σ_j dS_ij k_j      dk_j = scale Σ_i dS_ij q_i
 //   dv_j  = Σ_i p_ij dy_i                                    dsink = -Σ_i exp(sink - lse_i) δ_i
 //
 // Layout: qkv, dqkv [B, T, H + 2 Hkv, D] bf16; y, dy [B, T, H, D] bf16; lse [B, H, T] f32; sinks, dsinks [H] f32.
+// top, mass and their gradients [B, T, H] f32. A gradient of mass is one of lse and top, since mass = exp(lse - top); that of
+// top goes to the key that holds the largest score, the first of equal ones, in two kernels of its own.
 // D is any multiple of 8 up to 256: tiles are 64, 96, 128 or 256 wide and their columns beyond D are zeros.
 //
 // Nothing of size T x T is formed: blocks of keys stream through shared memory, the softmax is carried along (running
@@ -33,6 +36,20 @@ struct Problem {
     __host__ __device__ static int64_t padded(int time) { return (int64_t(time) + 127) / 128 * 128; }
     __device__ int64_t stat(int batch, int head, int row) const { return (int64_t(batch) * heads + head) * padded(time) + row; }
     __device__ bool sees(int query, int key) const { return key <= query && key > query - window; }
+};
+
+// What the forward pass leaves of a row; top and mass may be null.
+struct Rows {
+    float *lse, *top, *mass;
+
+    // The largest score in units of log 2, and the sum.
+    __device__ void write(const Problem& p, int batch, int head, int row, float top2, float sum) const {
+        lse[(int64_t(batch) * p.heads + head) * p.time + row] = (top2 + log2f(sum)) / LOG2E;
+        if (!top) return;
+        const int64_t at = (int64_t(batch) * p.time + row) * p.heads + head;
+        top[at] = top2 / LOG2E;
+        mass[at] = sum;
+    }
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -140,7 +157,7 @@ template <int N> __device__ __forceinline__ void to_operand(uint32_t (&p)[N / 16
 // A block owns 16 M x 4 query rows of one head; keys come in tiles of N, the last (diagonal) one first.
 template <int D, int M, int N>
 __global__ void __launch_bounds__(128, 2)
-    forward_kernel(Problem p, const bf16* qkv, const float* sinks, bf16* y, float* lse) {
+    forward_kernel(Problem p, const bf16* qkv, const float* sinks, bf16* y, Rows rows) {
     constexpr int ROWS = 64 * M;
     extern __shared__ __align__(16) bf16 shared[];
     bf16 *qs = shared, *ks = qs + ROWS * PITCH<D>, *vs = ks + N * PITCH<D>;
@@ -236,8 +253,7 @@ __global__ void __launch_bounds__(128, 2)
             const float total = warp_sum<4>(sum[m][r]);
             const int row = warp_row + 16 * m + 8 * r + g;
             inverse[r] = 1.0f / total;
-            if (t == 0 && row < p.time)
-                lse[(int64_t(batch) * p.heads + head) * p.time + row] = (top[m][r] + log2f(total)) / LOG2E;
+            if (t == 0 && row < p.time) rows.write(p, batch, head, row, top[m][r], total);
         }
         store_rows<D, PITCH<D>>(o[m], inverse[0], inverse[1], qs + (warp * M + m) * 16 * PITCH<D>, out,
                                 int64_t(p.heads) * p.dim, warp_row + 16 * m, p.time, p.dim);
@@ -257,7 +273,7 @@ __device__ __forceinline__ float2 probability(const Problem& p, float product, f
 
 // (lse in units of log 2, δ) of the 16 rows of a warp, into shared memory and `stats`; zeros beyond the end.
 template <int D>
-__device__ __forceinline__ void row_sums(const Problem& p, int head, int batch, int row0, const bf16* y, const bf16* dy, const float* lse,
+__device__ __forceinline__ void row_sums(const Problem& p, int head, int batch, int row0, const bf16* y, const bf16* dy, const float* lse, const float* dlse,
                                          float2* row_stats, float2* stats) {
     constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32;  // 16 bytes each
     const int lane = threadIdx.x % WARP;
@@ -278,6 +294,7 @@ __device__ __forceinline__ void row_sums(const Problem& p, int head, int batch, 
         }
         dot = warp_sum<LANES>(dot);
         if (lane % LANES == 0) {
+            if (dlse && row < p.time) dot -= dlse[(int64_t(batch) * p.time + row) * p.heads + head];
             const float2 pair = make_float2(row < p.time ? lse[(int64_t(batch) * p.heads + head) * p.time + row] * LOG2E : 0.0f, dot);
             row_stats[row - row0] = pair;
             if (row < Problem::padded(p.time)) stats[p.stat(batch, head, row)] = pair;
@@ -289,7 +306,7 @@ __device__ __forceinline__ void row_sums(const Problem& p, int head, int batch, 
 // A block owns 64 query rows of one head: δ and dq. Leaves the row sums in `stats`.
 template <int D, int N>
 __global__ void __launch_bounds__(128, 2) backward_q_kernel(Problem p, const bf16* qkv, const bf16* y, const bf16* dy,
-                                                            const float* lse, float2* stats, bf16* dqkv) {
+                                                            const float* lse, const float* dlse, float2* stats, bf16* dqkv) {
     constexpr int ROWS = 64;
     extern __shared__ __align__(16) bf16 shared[];
     bf16 *qs = shared, *dys = qs + ROWS * PITCH<D>, *ks = dys + ROWS * PITCH<D>, *vs = ks + N * PITCH<D>;
@@ -310,7 +327,7 @@ __global__ void __launch_bounds__(128, 2) backward_q_kernel(Problem p, const bf1
     copy_commit();
 
     const int warp_row = row0 + warp * 16;
-    row_sums<D>(p, head, batch, warp_row, y, dy, lse, row_stats + warp * 16, stats);
+    row_sums<D>(p, head, batch, warp_row, y, dy, lse, dlse, row_stats + warp * 16, stats);
     const float2 stat[2] = {row_stats[warp * 16 + g], row_stats[warp * 16 + g + 8]};
 
     float dq[1][D / 8][4] = {};
@@ -499,7 +516,7 @@ struct Turn {
 
 template <int D, int N>
 __global__ void __launch_bounds__(384, 1) forward_hopper_kernel(Problem p, int batches, const __grid_constant__ CUtensorMap qkv,
-                                                                const __grid_constant__ CUtensorMap y, const float* sinks, float* lse) {
+                                                                const __grid_constant__ CUtensorMap y, const float* sinks, Rows out) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Shared = ForwardShared<D, N>;
     constexpr int PANELS = D / 64;
@@ -672,8 +689,7 @@ __global__ void __launch_bounds__(384, 1) forward_hopper_kernel(Problem p, int b
         for (int r = 0; r < 2; r++) {
             const float total = warp_sum<4>(sum[r]);
             shrink[r] = 1.0f / total;
-            if (t == 0 && row + 8 * r < p.time)
-                lse[(int64_t(turn.batch) * p.heads + turn.head) * p.time + row + 8 * r] = (top[r] + log2f(total)) / LOG2E;
+            if (t == 0 && row + 8 * r < p.time) out.write(p, turn.batch, turn.head, row + 8 * r, top[r], total);
         }
         store_tile<D>(sh.q[w][0], o, shrink[0], shrink[1]);
         async_fence();
@@ -704,7 +720,8 @@ template <int D, int N> struct BackwardQShared {
 template <int D, int N>
 __global__ void __launch_bounds__(384, 1)
     backward_q_hopper_kernel(Problem p, int batches, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dy_map,
-                             const __grid_constant__ CUtensorMap dqkv, const bf16* y, const bf16* dy, const float* lse, float2* stats) {
+                             const __grid_constant__ CUtensorMap dqkv, const bf16* y, const bf16* dy, const float* lse, const float* dlse,
+                             float2* stats) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Shared = BackwardQShared<D, N>;
     constexpr int PANELS = D / 64;
@@ -766,7 +783,7 @@ __global__ void __launch_bounds__(384, 1)
         const int first = max(0, turn.row0 - p.window + 1) / N, last = (min(turn.row0 + 128, p.time) - 1) / N;
         const int low = turn.row0 + w * 64, row = low + warp * 16 + g;  // and row + 8
 
-        row_sums<D>(p, turn.head, turn.batch, low + warp * 16, y, dy, lse, sh.stat + w * 64 + warp * 16, stats);
+        row_sums<D>(p, turn.head, turn.batch, low + warp * 16, y, dy, lse, dlse, sh.stat + w * 64 + warp * 16, stats);
         const float2 stat[2] = {sh.stat[w * 64 + warp * 16 + g], sh.stat[w * 64 + warp * 16 + g + 8]};
 
         float dq[D / 8][4] = {}, s[N / 8][4], dp[N / 8][4];
@@ -1013,26 +1030,95 @@ __global__ void __launch_bounds__(384, 1)
 #endif
 }
 
+// What a row's score changes where the largest one, `top`, does: the scale, and the slope of the soft-cap.
+__device__ __forceinline__ float top_slope(const Problem& p, float top) {
+    const float bent = p.cap > 0.0f ? top / p.cap : 0.0f;
+    return p.scale * (1.0f - bent * bent);
+}
+
+// A warp owns a row of a head: finds the key of its largest score, adds that key's share to dq, leaves it in `best`.
+__global__ void __launch_bounds__(128) top_rows_kernel(Problem p, const bf16* qkv, const float* top, const float* dtop, int* best, bf16* dqkv) {
+    const int row = blockIdx.x * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP, head = blockIdx.y, batch = blockIdx.z;
+    if (row >= p.time) return;
+    const bf16* base = qkv + batch * (p.time * p.row());
+    const bf16 *q = base + row * p.row() + int64_t(head) * p.dim, *k = base + int64_t(p.heads + head / (p.heads / p.kv_heads)) * p.dim;
+    float high = -INFINITY;
+    int key = row;
+    for (int j = max(0, row - p.window + 1) + lane; j <= row; j += WARP) {
+        float dot = 0.0f;
+        for (int c = 0; c < p.dim; c += 8) {
+            const uint4 a = *reinterpret_cast<const uint4*>(q + c), b = *reinterpret_cast<const uint4*>(k + j * p.row() + c);
+            const uint32_t aw[4] = {a.x, a.y, a.z, a.w}, bw[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 x = unpack(aw[e]), z = unpack(bw[e]);
+                dot = fmaf(x.x, z.x, fmaf(x.y, z.y, dot));
+            }
+        }
+        if (dot > high) high = dot, key = j;
+    }
+    const float highest = warp_max(high);
+    key = high == highest ? key : p.time;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) key = min(key, __shfl_xor_sync(0xffffffffu, key, step));
+    if (lane == 0) best[(int64_t(batch) * p.heads + head) * p.time + row] = key;
+    const int64_t at = (int64_t(batch) * p.time + row) * p.heads + head;
+    const float factor = dtop[at] * top_slope(p, top[at]);
+    bf16* dq = dqkv + batch * (p.time * p.row()) + row * p.row() + int64_t(head) * p.dim;
+    for (int c = lane; c < p.dim; c += WARP) dq[c] = from_float<bf16>(fmaf(factor, to_float(k[key * p.row() + c]), to_float(dq[c])));
+}
+
+// A warp owns a key: adds what the rows of its group's heads give it whose largest score it holds, in order.
+__global__ void __launch_bounds__(128) top_keys_kernel(Problem p, const bf16* qkv, const float* top, const float* dtop, const int* best, bf16* dqkv) {
+    const int key = blockIdx.x * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP, kv = blockIdx.y, batch = blockIdx.z;
+    if (key >= p.time) return;
+    const int64_t base = batch * (p.time * p.row());
+    float sums[256 / WARP] = {};
+    bool any = false;
+    for (int head = kv * (p.heads / p.kv_heads); head < (kv + 1) * (p.heads / p.kv_heads); head++) {
+        const int* own = best + (int64_t(batch) * p.heads + head) * p.time;
+        const int end = min(p.time, key + p.window);
+        for (int first = key; first < end; first += WARP) {
+            unsigned found = __ballot_sync(0xffffffffu, first + lane < end && own[first + lane] == key);
+            for (; found != 0; found &= found - 1) {
+                const int row = first + __ffs(found) - 1;
+                const int64_t at = (int64_t(batch) * p.time + row) * p.heads + head;
+                const float factor = dtop[at] * top_slope(p, top[at]);
+                const bf16* q = qkv + base + row * p.row() + int64_t(head) * p.dim;
+#pragma unroll
+                for (int c = 0; c < 256 / WARP; c++)
+                    if (c * WARP + lane < p.dim) sums[c] = fmaf(factor, to_float(q[c * WARP + lane]), sums[c]);
+                any = true;
+            }
+        }
+    }
+    if (!any) return;
+    bf16* dk = dqkv + base + key * p.row() + int64_t(p.heads + kv) * p.dim;
+#pragma unroll
+    for (int c = 0; c < 256 / WARP; c++)
+        if (c * WARP + lane < p.dim) dk[c * WARP + lane] = from_float<bf16>(to_float(dk[c * WARP + lane]) + sums[c]);
+}
+
 template <class K> cudaError_t reserve(K kernel, int bytes) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 template <int D, int M, int N>
-cudaError_t launch_forward(const Problem& p, int batch, const bf16* qkv, const float* sinks, bf16* y, float* lse, cudaStream_t stream) {
+cudaError_t launch_forward(const Problem& p, int batch, const bf16* qkv, const float* sinks, bf16* y, Rows rows, cudaStream_t stream) {
     constexpr int ROWS = 64 * M, BYTES = (ROWS + 2 * N) * PITCH<D> * 2;
     if (cudaError_t e = reserve(forward_kernel<D, M, N>, BYTES)) return e;
-    forward_kernel<D, M, N><<<dim3((p.time + ROWS - 1) / ROWS, p.heads, batch), 128, BYTES, stream>>>(p, qkv, sinks, y, lse);
+    forward_kernel<D, M, N><<<dim3((p.time + ROWS - 1) / ROWS, p.heads, batch), 128, BYTES, stream>>>(p, qkv, sinks, y, rows);
     return cudaGetLastError();
 }
 
 template <int D, int N, int W>
 cudaError_t launch_backward(const Problem& p, int batch, const bf16* qkv, const float* sinks, const bf16* y, const bf16* dy,
-                            const float* lse, float2* stats, bf16* dqkv, float* dsinks, cudaStream_t stream) {
+                            const float* lse, const float* dlse, float2* stats, bf16* dqkv, float* dsinks, cudaStream_t stream) {
     constexpr int BYTES = 2 * (64 + N) * PITCH<D> * 2;
     const int blocks = (p.time + 63) / 64;
     if (cudaError_t e = reserve(backward_q_kernel<D, N>, BYTES)) return e;
     if (cudaError_t e = reserve(backward_kv_kernel<D, N, W>, BYTES)) return e;
-    backward_q_kernel<D, N><<<dim3(blocks, p.heads, batch), 128, BYTES, stream>>>(p, qkv, y, dy, lse, stats, dqkv);
+    backward_q_kernel<D, N><<<dim3(blocks, p.heads, batch), 128, BYTES, stream>>>(p, qkv, y, dy, lse, dlse, stats, dqkv);
     backward_kv_kernel<D, N, W><<<dim3(blocks, p.kv_heads * (D / W), batch), 128, BYTES, stream>>>(p, qkv, dy, stats, dqkv);
     if (sinks && dsinks) backward_sink_kernel<<<p.heads, 256, 0, stream>>>(p, batch, sinks, stats, dsinks);
     return cudaGetLastError();
@@ -1046,7 +1132,7 @@ bool hopper(int* processors) {
 }
 
 template <int D, int N>
-cudaError_t launch_forward_hopper(const Problem& p, int batch, int processors, const bf16* qkv, const float* sinks, bf16* y, float* lse,
+cudaError_t launch_forward_hopper(const Problem& p, int batch, int processors, const bf16* qkv, const float* sinks, bf16* y, Rows rows,
                                   cudaStream_t stream) {
     constexpr int BYTES = sizeof(ForwardShared<D, N>);
     CUtensorMap qkv_map, y_map;
@@ -1055,7 +1141,7 @@ cudaError_t launch_forward_hopper(const Problem& p, int batch, int processors, c
     if (cudaError_t e = reserve(forward_hopper_kernel<D, N>, BYTES)) return e;
     const int64_t units = int64_t((p.time + 127) / 128 + 1) / 2 * p.heads * batch;
     const int blocks = int(units < processors ? units : processors);
-    forward_hopper_kernel<D, N><<<blocks, 384, BYTES, stream>>>(p, batch, qkv_map, y_map, sinks, lse);
+    forward_hopper_kernel<D, N><<<blocks, 384, BYTES, stream>>>(p, batch, qkv_map, y_map, sinks, rows);
     return cudaGetLastError();
 }
 
@@ -1065,7 +1151,8 @@ bool small_window(const Problem& p) { return p.window <= 128 && p.window < p.tim
 
 template <int D>
 cudaError_t launch_backward_hopper(const Problem& p, int batch, int processors, const bf16* qkv, const float* sinks, const bf16* y,
-                                   const bf16* dy, const float* lse, float2* stats, bf16* dqkv, float* dsinks, cudaStream_t stream) {
+                                   const bf16* dy, const float* lse, const float* dlse, float2* stats, bf16* dqkv, float* dsinks,
+                                   cudaStream_t stream) {
     constexpr int Q_BYTES = sizeof(BackwardQShared<D, 128>), KV_BYTES = sizeof(BackwardKvShared<D, 64>), MMA_BYTES = 2 * (64 + 64) * PITCH<D> * 2;
     CUtensorMap qkv_map, dqkv_map, dy_map;
     if (cudaError_t e = tile_map(&qkv_map, qkv, batch, p.time, p.heads + 2 * p.kv_heads, p.dim, 64)) return e;
@@ -1077,9 +1164,9 @@ cudaError_t launch_backward_hopper(const Problem& p, int batch, int processors, 
     const auto blocks = [&](int heads) { return int(units * heads < processors ? units * heads : processors); };
     if (small_window(p)) {
         if (cudaError_t e = reserve(backward_q_kernel<D, 64>, MMA_BYTES)) return e;
-        backward_q_kernel<D, 64><<<dim3((p.time + 63) / 64, p.heads, batch), 128, MMA_BYTES, stream>>>(p, qkv, y, dy, lse, stats, dqkv);
+        backward_q_kernel<D, 64><<<dim3((p.time + 63) / 64, p.heads, batch), 128, MMA_BYTES, stream>>>(p, qkv, y, dy, lse, dlse, stats, dqkv);
     } else {
-        backward_q_hopper_kernel<D, 128><<<blocks(p.heads), 384, Q_BYTES, stream>>>(p, batch, qkv_map, dy_map, dqkv_map, y, dy, lse, stats);
+        backward_q_hopper_kernel<D, 128><<<blocks(p.heads), 384, Q_BYTES, stream>>>(p, batch, qkv_map, dy_map, dqkv_map, y, dy, lse, dlse, stats);
     }
     backward_kv_hopper_kernel<D, 64><<<blocks(p.kv_heads), 384, KV_BYTES, stream>>>(p, batch, qkv_map, dy_map, dqkv_map, stats);
     if (sinks && dsinks) backward_sink_kernel<<<p.heads, 256, 0, stream>>>(p, batch, sinks, stats, dsinks);
@@ -1101,25 +1188,26 @@ Problem problem(int time, int heads, int kv_heads, int dim, int window, float sc
 
 }  // namespace
 
-// window 0: all earlier keys. softcap 0: none. sinks null: none.
-extern "C" int margay_softmax_attn_fwd(const void* qkv, const float* sinks, void* y, float* lse, int batch, int time, int heads,
+// window 0: all earlier keys. softcap 0: none. sinks null: none. top and mass null: not asked for.
+extern "C" int margay_softmax_attn_fwd(const void* qkv, const float* sinks, void* y, float* lse, float* top, float* mass, int batch, int time, int heads,
                                        int kv_heads, int dim, int window, float scale, float softcap, void* stream) {
     if (!supported(batch, time, heads, kv_heads, dim)) return cudaErrorInvalidValue;
     const Problem p = problem(time, heads, kv_heads, dim, window, scale, softcap);
     const auto in = static_cast<const bf16*>(qkv);
     const auto out = static_cast<bf16*>(y);
+    const Rows rows = {lse, top, mass};
     const auto s = static_cast<cudaStream_t>(stream);
     int processors = 0;
     bool fast = hopper(&processors);
 #ifdef MARGAY_PATHS
     fast &= !(path & 1);
 #endif
-    if (fast && dim <= 64 && !small_window(p)) return launch_forward_hopper<64, 128>(p, batch, processors, in, sinks, out, lse, s);
-    if (fast && dim > 64 && dim <= 128) return launch_forward_hopper<128, 128>(p, batch, processors, in, sinks, out, lse, s);
-    if (dim <= 64) return launch_forward<64, 2, 64>(p, batch, in, sinks, out, lse, s);
-    if (dim <= 96) return launch_forward<96, 2, 64>(p, batch, in, sinks, out, lse, s);
-    if (dim <= 128) return launch_forward<128, 2, 64>(p, batch, in, sinks, out, lse, s);
-    return launch_forward<256, 1, 32>(p, batch, in, sinks, out, lse, s);
+    if (fast && dim <= 64 && !small_window(p)) return launch_forward_hopper<64, 128>(p, batch, processors, in, sinks, out, rows, s);
+    if (fast && dim > 64 && dim <= 128) return launch_forward_hopper<128, 128>(p, batch, processors, in, sinks, out, rows, s);
+    if (dim <= 64) return launch_forward<64, 2, 64>(p, batch, in, sinks, out, rows, s);
+    if (dim <= 96) return launch_forward<96, 2, 64>(p, batch, in, sinks, out, rows, s);
+    if (dim <= 128) return launch_forward<128, 2, 64>(p, batch, in, sinks, out, rows, s);
+    return launch_forward<256, 1, 32>(p, batch, in, sinks, out, rows, s);
 }
 
 // Bytes the backward needs beside its results.
@@ -1127,14 +1215,14 @@ extern "C" size_t margay_softmax_attn_bwd_scratch(int batch, int time, int heads
     return size_t(batch) * heads * Problem::padded(time) * sizeof(float2);
 }
 
-// dsinks may be null. dqkv is overwritten.
+// dlse [B, T, H] and dsinks may be null. dqkv is overwritten.
 extern "C" int margay_softmax_attn_bwd(const void* qkv, const float* sinks, const void* y, const void* dy, const float* lse,
-                                       void* dqkv, float* dsinks, void* scratch, int batch, int time, int heads, int kv_heads,
+                                       const float* dlse, void* dqkv, float* dsinks, void* scratch, int batch, int time, int heads, int kv_heads,
                                        int dim, int window, float scale, float softcap, void* stream) {
     if (!supported(batch, time, heads, kv_heads, dim)) return cudaErrorInvalidValue;
     const Problem p = problem(time, heads, kv_heads, dim, window, scale, softcap);
     const auto run = [&](auto launch, auto... processors) {
-        return launch(p, batch, processors..., static_cast<const bf16*>(qkv), sinks, static_cast<const bf16*>(y), static_cast<const bf16*>(dy), lse,
+        return launch(p, batch, processors..., static_cast<const bf16*>(qkv), sinks, static_cast<const bf16*>(y), static_cast<const bf16*>(dy), lse, dlse,
                       static_cast<float2*>(scratch), static_cast<bf16*>(dqkv), dsinks, static_cast<cudaStream_t>(stream));
     };
     int processors = 0;
@@ -1148,6 +1236,19 @@ extern "C" int margay_softmax_attn_bwd(const void* qkv, const float* sinks, cons
     if (dim <= 96) return run(launch_backward<96, 64, 96>);
     if (dim <= 128) return run(launch_backward<128, 64, 128>);
     return run(launch_backward<256, 32, 128>);
+}
+
+// Adds to dqkv what a gradient of the largest scores gives; best [B, H, T] is scratch.
+extern "C" int margay_softmax_attn_top_bwd(const void* qkv, const float* top, const float* dtop, int* best, void* dqkv, int batch,
+                                           int time, int heads, int kv_heads, int dim, int window, float scale, float softcap, void* stream) {
+    if (!supported(batch, time, heads, kv_heads, dim)) return cudaErrorInvalidValue;
+    const Problem p = problem(time, heads, kv_heads, dim, window, scale, softcap);
+    const auto in = static_cast<const bf16*>(qkv);
+    const auto out = static_cast<bf16*>(dqkv);
+    const auto s = static_cast<cudaStream_t>(stream);
+    top_rows_kernel<<<dim3((time + 3) / 4, heads, batch), 128, 0, s>>>(p, in, top, dtop, best, out);
+    top_keys_kernel<<<dim3((time + 3) / 4, kv_heads, batch), 128, 0, s>>>(p, in, top, dtop, best, out);
+    return cudaGetLastError();
 }
 
 #ifdef MARGAY_PATHS

@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, cast, graph, project, sigmoid, state};
+use super::linear::{Layer, Linear, graph, project, state};
 use super::parts::beside::Beside;
 use super::parts::conv::ShortConv;
 use super::parts::gate::{Decays, Gate, GateKind};
@@ -20,6 +20,7 @@ use super::pass::{Pass, repeat};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 use crate::ops::delta_rule::{Decay, DeltaRule};
+use crate::ops::gate::{self, Curve};
 use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef = MixerDef {
@@ -177,8 +178,8 @@ impl Linear for Delta {
         let [weight, bias] = self.beta.as_slice() else {
             candle_core::bail!("the delta rule lacks its write strength")
         };
-        let beta = project(&x.x, weight)?;
-        let beta = sigmoid(&beta.broadcast_add(&cast(bias, &beta)?)?)?; // [B, T, H]
+        let logits = project(&x.x, weight)?.unsqueeze(3)?; // [B, T, H, 1]
+        let beta = gate::Gate::of(Curve::Sigmoid).forward(&logits, Some(&bias.var), None)?.squeeze(3)?;
         let gates = self.decays.log(x)?;
         let decay = match self.config.gate.kind {
             GateKind::None => Decay::None,

@@ -13,12 +13,13 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, cast, graph, log_sigmoid, sigmoid, state};
+use super::linear::{Layer, Linear, cast, graph, state};
 use super::parts::beside::Beside;
 use super::parts::output::{Finish, Output, OutputGate};
-use super::pass::{Pass, repeat, wide_of};
+use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+use crate::ops::gate::{Curve, Gate, sigmoid};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::softmax_attn::softmax;
 use crate::params::{Init, Param, named};
@@ -131,12 +132,14 @@ struct Hgrn2 {
 impl Hgrn2 {
     /// Log decays and keys [B, T, H, D].
     fn gates(&self, x: &Heads) -> Result<(Tensor, Tensor)> {
-        let f = repeat(&wide_of(&x.keys()?)?, x.heads / x.kv_heads)?;
+        let f = x.keys()?;
+        let of = |curve, f: &Tensor| Gate { curve, scale: 1.0, group: x.heads / x.kv_heads }.forward(f, None, None);
         // 1 - e^g = (1 - b) σ(-f), without the loss of a difference.
-        let Some(lower) = &self.lower else { return Ok((log_sigmoid(&f)?, sigmoid(&f.neg()?)?)) };
-        let bound = sigmoid(&cast(lower, &f)?)?.reshape((1, 1, x.heads, 1))?;
-        let k = sigmoid(&f.neg()?)?.broadcast_mul(&(1.0 - &bound)?)?;
-        let open = sigmoid(&f)?.broadcast_mul(&(1.0 - &bound)?)?;
+        let closed = of(Curve::Sigmoid, &f.neg()?)?;
+        let Some(lower) = &self.lower else { return Ok((of(Curve::LogSigmoid, &f)?, closed)) };
+        let bound = sigmoid(&cast(lower, &closed)?)?.reshape((1, 1, x.heads, 1))?;
+        let k = closed.broadcast_mul(&(1.0 - &bound)?)?;
+        let open = of(Curve::Sigmoid, &f)?.broadcast_mul(&(1.0 - &bound)?)?;
         Ok((open.broadcast_add(&bound)?.log()?, k))
     }
 }

@@ -4,8 +4,9 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use super::parts::beside::Mix;
-use super::pass::{Pass, unit_values, wide_of};
+use super::pass::{Pass, unit_values};
 use super::{Heads, Mixer, State, Weights};
+use crate::ops::wide;
 use crate::params::Param;
 
 /// The formula of a layer. Shapes as in [`super::pass`].
@@ -108,25 +109,7 @@ pub fn cast(param: &Param, like: &Tensor) -> Result<Tensor> {
 
 /// `x` [B, T, N] times a trained `weight` [out, N], in at least f32: [B, T, out].
 pub fn project(x: &Tensor, weight: &Param) -> Result<Tensor> {
-    let (b, t, n) = x.dims3()?;
-    let x = wide_of(x)?;
-    let weight = cast(weight, &x)?;
-    x.reshape((b * t, n))?.matmul(&weight.t()?)?.reshape((b, t, weight.dim(0)?))
-}
-
-/// ln(1 + e^x) without overflow.
-pub fn softplus(x: &Tensor) -> Result<Tensor> {
-    x.relu()? + ((x.abs()?.neg()?.exp()? + 1.0)?).log()?
-}
-
-/// ln σ(x) = -ln(1 + e^-x), at most 0.
-pub fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
-    softplus(&x.neg()?)?.neg()
-}
-
-/// σ(x).
-pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
-    log_sigmoid(x)?.exp()
+    crate::ops::project::project(x, &weight.var.to_dtype(wide(x.dtype()))?)
 }
 
 /// [`Design::graph_width`](super::Design::graph_width) of a recurrence with keys of `width`: counted in the graph of

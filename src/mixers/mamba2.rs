@@ -13,14 +13,16 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::linear::{Layer, Linear, cast, graph, project, softplus, state};
+use super::linear::{Layer, Linear, cast, graph, project, state};
 use super::parts::beside::Beside;
 use super::parts::conv::ShortConv;
 use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::{Pass, repeat, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+use crate::ops::gate::{self, Curve};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::mix::mix;
 use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef =
@@ -184,8 +186,8 @@ impl Mamba2 {
     /// softplus(W x + b): step sizes [B, T, H], or what σ of its negative keeps.
     fn step(&self, x: &Heads) -> Result<Tensor> {
         let Some((weight, bias)) = &self.step else { candle_core::bail!("mamba2 lacks its step sizes") };
-        let step = project(&x.x, weight)?;
-        softplus(&step.broadcast_add(&cast(bias, &step)?)?)
+        let logits = project(&x.x, weight)?.unsqueeze(3)?; // [B, T, H, 1]
+        gate::Gate::of(Curve::Softplus).forward(&logits, Some(&bias.var), None)?.squeeze(3)
     }
 
     fn log_decays(&self, step: &Tensor) -> Result<Tensor> {
@@ -220,13 +222,16 @@ impl Linear for Mamba2 {
         let step = self.step(x)?;
         let gates = self.log_decays(&step)?;
         let written = match self.config.layout {
-            Layout::MambaInLlama => v.broadcast_mul(&step.unsqueeze(3)?.to_dtype(v.dtype())?)?,
+            Layout::MambaInLlama => mix(&[v], &step.unsqueeze(2)?)?,
             Layout::Mohawk => v.clone(),
         };
         let scale = if self.config.bc_norm { (x.qkv.dim(3)? as f64).sqrt() } else { 1.0 };
         let y = pass.gated("s", GatedLinearAttn { scale, gated: Channels::Keys }, [&c, &b, &written], &gates)?;
         match &self.skip {
-            Some(skip) => y + v.broadcast_mul(&cast(skip, v)?.reshape((1, 1, x.heads, 1))?)?,
+            Some(skip) => {
+                let skip = cast(skip, &step)?.unsqueeze(0)?; // [1, H]
+                mix(&[&y, v], &Tensor::cat(&[skip.ones_like()?, skip], 0)?)
+            }
             None => Ok(y),
         }
     }

@@ -13,6 +13,7 @@ use candle_core::{D, DType, Result, Tensor};
 use super::{Heads, PIECE, State};
 use crate::ops::delta_rule::{Decay, DeltaRule};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::mix::mix;
 use crate::ops::softmax_attn::{SoftmaxAttn, bend, causal_mask, repeat_kv};
 use crate::ops::wide;
 
@@ -95,13 +96,16 @@ impl Pass<'_> {
         least: f64,
     ) -> Result<Tensor> {
         let (sum, count) = self.counted(name, [q, k, v], gates)?;
-        sum.broadcast_div(&wide_of(&count)?.maximum(least)?.to_dtype(sum.dtype())?)
+        mix(&[&sum], &wide_of(&count)?.maximum(least)?.recip()?.transpose(2, 3)?)
     }
 
     /// `Σ a_ij v_j` [B, T, H, V] and `Σ a_ij` [B, T, H, 1], a_ij = e^{G_i - G_j} q_i·k_j. The count is one more column of
     /// the values; on a GPU, whose kernels are made for whole heads, it is a state of its own, `z`.
     pub fn counted(&mut self, name: &'static str, [q, k, v]: [&Tensor; 3], gates: &Tensor) -> Result<(Tensor, Tensor)> {
         let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+        if let Pass::Whole = self {
+            return op.counted(q, k, v, gates);
+        }
         let (width, one) = (v.dim(3)?, v.narrow(3, 0, 1)?.ones_like()?);
         if v.device().is_cuda() {
             return Ok((self.gated(name, op, [q, k, v], gates)?, self.gated("z", op, [q, k, &one], gates)?));

@@ -4,6 +4,7 @@
 //! the launch returned: its memory is given back in stream order.
 
 use std::ffi::c_void;
+use std::sync::{Arc, Mutex};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::result::gemm_strided_batched_ex;
@@ -253,13 +254,13 @@ impl Output {
     where
         Node<N>: Attach<N>,
     {
-        Node { output: std::sync::Mutex::new(Some(self)), what, backward }.attach(inputs)
+        Node { output: Mutex::new(Some(self)), what, backward }.attach(inputs)
     }
 }
 
 /// A computed output on its way into the graph.
 pub struct Node<const N: usize> {
-    output: std::sync::Mutex<Option<Output>>,
+    output: Mutex<Option<Output>>,
     what: &'static str,
     backward: Backward<N>,
 }
@@ -377,5 +378,75 @@ impl CustomOp3 for Node<3> {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [dx, dy, dz] = (self.backward)(&[x, y, z], res, &grad.contiguous()?)?;
         Ok((dx, dy, dz))
+    }
+}
+
+/// A result of [`joint`] with its gradient; `None` where nothing that was differentiated depends on it.
+pub type Given = Option<(Tensor, Tensor)>;
+
+/// Several results of one computation as tensors of the graph, with at most nine `inputs` before them: one backward pass,
+/// from the gradients of the results to those of the inputs; those of inputs outside the graph are dropped.
+///
+/// An op has at most three inputs and one result, so single elements stand between: `results -> core -> carriers ->
+/// inputs`. Results leave their gradients with the core, which runs the backward pass; carriers hand the inputs' on.
+pub fn joint<F>(inputs: &[&Tensor], results: Vec<Output>, what: &'static str, backward: F) -> Result<Vec<Tensor>>
+where
+    F: Fn(&[Given]) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+{
+    let tracked: Vec<bool> = inputs.iter().map(|x| x.track_op()).collect();
+    if !tracked.contains(&true) {
+        return Ok(results.into_iter().map(Output::tensor).collect());
+    }
+    let device = device_of(inputs[0])?;
+    let element = || Output::new(device, 1, DType::F32);
+    let found: Arc<Mutex<Vec<Option<Tensor>>>> = Arc::default();
+    let given: Arc<Mutex<Vec<Given>>> = Arc::new(Mutex::new(results.iter().map(|_| None).collect()));
+
+    let carriers = inputs.chunks(3).enumerate().map(|(n, chunk)| {
+        let (found, count) = (found.clone(), chunk.len());
+        element()?.behind(chunk, what, move |_, _| {
+            let mut found = lock(&found)?;
+            Ok((0..count).map(|i| found.get_mut(3 * n + i).and_then(Option::take)).collect())
+        })
+    });
+    let carriers = carriers.collect::<Result<Vec<_>>>()?;
+    let (carried, theirs, count) = (carriers.iter().collect::<Vec<_>>(), given.clone(), carriers.len());
+    let core = element()?.behind(&carried, what, move |_, grad| {
+        let results: Vec<Given> = lock(&theirs)?.iter_mut().map(Option::take).collect();
+        let grads = backward(&results)?;
+        *lock(&found)? = grads.into_iter().zip(&tracked).map(|(g, wanted)| g.filter(|_| *wanted)).collect();
+        Ok(vec![Some(grad.clone()); count])
+    })?;
+    let attach = |(i, result): (usize, Output)| {
+        let given = given.clone();
+        result.behind(&[&core], what, move |result, grad| {
+            if let Some(slot) = lock(&given)?.get_mut(i) {
+                *slot = Some((result.clone(), grad.clone()));
+            }
+            Ok(vec![Some(Tensor::zeros(1, DType::F32, grad.device())?)])
+        })
+    };
+    results.into_iter().enumerate().map(attach).collect()
+}
+
+fn lock<T>(x: &Mutex<T>) -> Result<std::sync::MutexGuard<'_, T>> {
+    x.lock().map_err(|_| candle_core::Error::msg("a kernel's backward pass panicked"))
+}
+
+impl Output {
+    /// [`Output::node`] behind one to three inputs, their number not known to the compiler.
+    fn behind<F>(self, inputs: &[&Tensor], what: &'static str, backward: F) -> Result<Tensor>
+    where
+        F: Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+    {
+        fn exactly<const N: usize>(grads: Vec<Option<Tensor>>) -> Result<[Option<Tensor>; N]> {
+            grads.try_into().map_err(|_| candle_core::Error::msg("a node's gradients are not as many as its inputs"))
+        }
+        match *inputs {
+            [x] => self.node([x], what, Box::new(move |_, y, dy| exactly(backward(y, dy)?))),
+            [x, y] => self.node([x, y], what, Box::new(move |_, y, dy| exactly(backward(y, dy)?))),
+            [x, y, z] => self.node([x, y, z], what, Box::new(move |_, y, dy| exactly(backward(y, dy)?))),
+            _ => bail!("a node of `{what}` behind {} inputs", inputs.len()),
+        }
     }
 }

@@ -83,12 +83,55 @@ fn scaled(gradient: &Tensor, factor: &Tensor) -> Result<Tensor> {
     Ok(y.tensor())
 }
 
+/// The definition in plain tensor operations.
+fn plain_mse(x: &Tensor, target: &Tensor, weight: f64) -> Result<Tensor> {
+    let dtype = super::wide(x.dtype());
+    let difference = (x.to_dtype(dtype)? - target.to_dtype(dtype)?)?;
+    difference.sqr()?.mean_all()? * weight
+}
+
+#[cfg(feature = "cuda")]
+fn mse_on_gpu(x: &Tensor, target: &Tensor, weight: f64) -> Result<Tensor> {
+    use super::cuda::{Output, code, device_of, launch, pointer};
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        fn margay_mse(
+            value: *mut c_void,
+            grad: *mut c_void,
+            x: *const c_void,
+            target: *const c_void,
+            scratch: *mut c_void,
+            weight: f32,
+            count: usize,
+            dtype: c_int,
+            stream: *mut c_void,
+        ) -> c_int;
+    }
+    let device = device_of(x)?;
+    let (value, gradient) = (Output::new(device, 1, DType::F32)?, Output::new(device, x.shape(), x.dtype())?);
+    let scratch = Output::scratch(device, 4096)?;
+    let (value_at, grad_at, room) = (value.pointer()?, gradient.pointer()?, scratch.pointer()?);
+    let (x_at, target_at, dtype) = (pointer(x)?, pointer(target)?, code(x.dtype())?);
+    let (count, weight) = (x.elem_count(), weight as f32);
+    // SAFETY: x, target and gradient are contiguous, of one shape and precision, on this device.
+    launch(device, "mse", |stream| unsafe {
+        margay_mse(value_at, grad_at, x_at, target_at, room, weight, count, dtype, stream)
+    })?;
+    with_gradient(x, value.tensor(), gradient.tensor())
+}
+
 /// `weight * mean((x - target)²)` over all elements, a scalar f32.
 pub fn mse(x: &Tensor, target: &Tensor, weight: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::ready(x) && target.dtype() == x.dtype() && target.dims() == x.dims() {
+        let (x, target) = (x.contiguous()?, target.contiguous()?);
+        let aligned = |x: &Tensor| Ok::<_, candle_core::Error>(super::cuda::pointer(x)?.align_offset(16) == 0);
+        if aligned(&x)? && aligned(&target)? {
+            return mse_on_gpu(&x, &target, weight);
+        }
+    }
     if !super::fast(x) {
-        let dtype = super::wide(x.dtype());
-        let difference = (x.to_dtype(dtype)? - target.to_dtype(dtype)?)?;
-        return difference.sqr()?.mean_all()? * weight;
+        return plain_mse(x, target, weight);
     }
     let (x, target) = (x.contiguous()?, target.contiguous()?);
     const BLOCK: usize = 1 << 14;
@@ -147,6 +190,23 @@ mod tests {
             check(kind, &[input(kind, &[3, 50, 7], 1)], 2e-4, |x| {
                 super::mse(&x[0], &target.to_dtype(x[0].dtype())?, 1000.0)
             });
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn mse_on_gpu_equals_plain() {
+        for (kind, width) in INPUTS.into_iter().flat_map(|kind| [7, 64].map(|width| (kind, width))) {
+            let target = input(kind, &[3, 50, width], 5);
+            let of = |x: &Tensor| target.to_dtype(DType::BF16)?.to_dtype(x.dtype())?.to_device(x.device());
+            let x = [input(kind, &[3, 50, width], 1)];
+            super::super::check::check_gpu(
+                &format!("{kind}, {width}"),
+                &x,
+                true,
+                |x| mse(&x[0], &of(&x[0])?, 1000.0),
+                |x| plain_mse(&x[0], &of(&x[0])?, 1000.0),
+            );
         }
     }
 

@@ -65,6 +65,10 @@ impl SoftmaxAttn {
     /// holds the maximum, as in [`super::hybrid_attn`].
     pub fn forward_with_mass(&self, qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let (_, time, _, dim) = qkv.dims4()?;
+        #[cfg(feature = "cuda")]
+        if self.is_kernel(qkv) {
+            return self.mass_on_gpu(&qkv.contiguous()?);
+        }
         if self.is_fast(qkv) {
             let all = qkv.contiguous()?.apply_op1(Op { shape: *self, mass: true })?; // [B, T, H, D + 2]
             let scalar = |at| all.narrow(3, at, 1)?.squeeze(3)?.contiguous();
@@ -266,9 +270,8 @@ impl CustomOp1 for Op {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::super::cuda::{Output, device_of, launch, pointer};
+    use super::super::cuda::{Output, device_of, joint, launch, pointer};
     use super::*;
-    use candle_core::DType;
     use std::ffi::{c_int, c_void};
 
     unsafe extern "C" {
@@ -277,6 +280,8 @@ mod gpu {
             sinks: *const c_void,
             y: *mut c_void,
             lse: *mut c_void,
+            top: *mut c_void,
+            mass: *mut c_void,
             batch: c_int,
             time: c_int,
             heads: c_int,
@@ -294,9 +299,26 @@ mod gpu {
             y: *const c_void,
             dy: *const c_void,
             lse: *const c_void,
+            dlse: *const c_void,
             dqkv: *mut c_void,
             dsinks: *mut c_void,
             scratch: *mut c_void,
+            batch: c_int,
+            time: c_int,
+            heads: c_int,
+            kv_heads: c_int,
+            dim: c_int,
+            window: c_int,
+            scale: f32,
+            softcap: f32,
+            stream: *mut c_void,
+        ) -> c_int;
+        fn margay_softmax_attn_top_bwd(
+            qkv: *const c_void,
+            top: *const c_void,
+            dtop: *const c_void,
+            best: *mut c_void,
+            dqkv: *mut c_void,
             batch: c_int,
             time: c_int,
             heads: c_int,
@@ -325,18 +347,19 @@ mod gpu {
         /// would cost the forward pass.
         pub(super) fn on_gpu(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<Tensor> {
             let op = *self;
-            let (lse, y) = op.launch_forward(qkv, sinks)?;
+            let (mut results, lse) = op.launch_forward(qkv, sinks, false)?;
+            let y = results.swap_remove(0);
             match sinks {
                 None => y.node(
                     [qkv],
                     "softmax_attn",
-                    Box::new(move |[qkv], y, dy| Ok([Some(op.launch_backward(qkv, None, y, dy, &lse)?.0)])),
+                    Box::new(move |[qkv], y, dy| Ok([Some(op.launch_backward(qkv, None, [y, dy, &lse], None)?.0)])),
                 ),
                 Some(sinks) => y.node(
                     [qkv, sinks],
                     "softmax_attn",
                     Box::new(move |[qkv, sinks], y, dy| {
-                        let (dqkv, dsinks) = op.launch_backward(qkv, Some(sinks), y, dy, &lse)?;
+                        let (dqkv, dsinks) = op.launch_backward(qkv, Some(sinks), [y, dy, &lse], None)?;
                         Ok([Some(dqkv), dsinks])
                     }),
                 ),
@@ -357,28 +380,87 @@ mod gpu {
             Ok((ints, [(dim as f32).powf(-0.5), self.softcap.unwrap_or(0.0)]))
         }
 
-        fn launch_forward(&self, qkv: &Tensor, sinks: Option<&Tensor>) -> Result<(Tensor, Output)> {
+        /// Result, largest scores and what rows were divided by. With lse = top + ln mass, what mass gets goes to lse and,
+        /// negative, to top.
+        pub(super) fn mass_on_gpu(&self, qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+            let op = *self;
+            let (results, lse) = op.launch_forward(qkv, None, true)?;
+            let kept = qkv.clone();
+            let results = joint(&[qkv], results, "softmax_attn", move |given| {
+                let [y, top, mass] = given else { candle_core::bail!("{} gradients of three results", given.len()) };
+                let (y, dy) = match y {
+                    Some((y, dy)) => (y.clone(), dy.clone()),
+                    None => {
+                        let (batch, time, _, dim) = kept.dims4()?;
+                        let none = Tensor::zeros((batch, time, op.heads, dim), DType::BF16, kept.device())?;
+                        (none.clone(), none)
+                    }
+                };
+                let of_lse = mass.as_ref().map(|(mass, grad)| mass * grad).transpose()?;
+                let of_top = match (top.as_ref().map(|(_, grad)| grad), &of_lse) {
+                    (Some(own), Some(share)) => Some((own - share)?),
+                    (Some(own), None) => Some(own.clone()),
+                    (None, Some(share)) => Some(share.neg()?),
+                    (None, None) => None,
+                };
+                let (dqkv, _) = op.launch_backward(&kept, None, [&y, &dy, &lse], of_lse.as_ref())?;
+                if let Some(of_top) = of_top {
+                    let top = match (top, mass) {
+                        (Some((top, _)), _) => top.clone(),
+                        (None, Some((mass, _))) => (lse.transpose(1, 2)? - mass.log()?)?,
+                        (None, None) => lse.transpose(1, 2)?.contiguous()?,
+                    };
+                    op.launch_top(&kept, &top, &of_top, &dqkv)?;
+                }
+                Ok(vec![Some(dqkv)])
+            })?;
+            match <[Tensor; 3]>::try_from(results) {
+                Ok([y, top, mass]) => Ok((y, top, mass)),
+                Err(results) => candle_core::bail!("{} results, not three", results.len()),
+            }
+        }
+
+        /// y, with `mass` also top and mass; and lse.
+        fn launch_forward(&self, qkv: &Tensor, sinks: Option<&Tensor>, mass: bool) -> Result<(Vec<Output>, Tensor)> {
             let ([b, t, h, g, d, window], [scale, cap]) = self.numbers(qkv, sinks)?;
             let (batch, time, _, dim) = qkv.dims4()?;
             let device = device_of(qkv)?;
             let y = Output::new(device, (batch, time, self.heads, dim), DType::BF16)?;
             let lse = Output::new(device, (batch, self.heads, time), DType::F32)?;
+            let rows = || Output::new(device, (batch, time, self.heads), DType::F32);
+            let extra = if mass { vec![rows()?, rows()?] } else { Vec::new() };
             let (x, s) = (pointer(qkv)?, sinks.map(pointer).transpose()?.unwrap_or(std::ptr::null()));
-            let (y_at, lse_at) = (y.pointer()?, lse.pointer()?);
-            // SAFETY: contiguous [B, T, H + 2 Hkv, D] and [B, T, H, D] bf16, [B, H, T] and [H] f32, all on this device.
+            let at =
+                |i: usize| extra.get(i).map(Output::pointer).transpose().map(|p| p.unwrap_or(std::ptr::null_mut()));
+            let (y_at, lse_at, top_at, mass_at) = (y.pointer()?, lse.pointer()?, at(0)?, at(1)?);
+            // SAFETY: contiguous [B, T, H + 2 Hkv, D] and [B, T, H, D] bf16, [B, H, T], [B, T, H] and [H] f32, all on this
+            // device.
             launch(device, "softmax_attn", |stream| unsafe {
-                margay_softmax_attn_fwd(x, s, y_at, lse_at, b, t, h, g, d, window, scale, cap, stream)
+                margay_softmax_attn_fwd(x, s, y_at, lse_at, top_at, mass_at, b, t, h, g, d, window, scale, cap, stream)
             })?;
-            Ok((lse.tensor(), y))
+            Ok((std::iter::once(y).chain(extra).collect(), lse.tensor()))
+        }
+
+        /// Adds to `dqkv` what a gradient [B, T, H] of the largest scores gives.
+        fn launch_top(&self, qkv: &Tensor, top: &Tensor, grad: &Tensor, dqkv: &Tensor) -> Result<()> {
+            let ([b, t, h, g, d, window], [scale, cap]) = self.numbers(qkv, None)?;
+            let device = device_of(qkv)?;
+            let best = Output::new(device, b as usize * h as usize * t as usize, DType::U32)?;
+            let (top, grad) = (top.contiguous()?, grad.contiguous()?);
+            let (x, top, grad, best_at) = (pointer(qkv)?, pointer(&top)?, pointer(&grad)?, best.pointer()?);
+            let dx = pointer(dqkv)?.cast_mut();
+            // SAFETY: shapes as in the forward launch; dqkv was made for this backward pass and nothing else reads it yet.
+            launch(device, "softmax_attn top", |stream| unsafe {
+                margay_softmax_attn_top_bwd(x, top, grad, best_at, dx, b, t, h, g, d, window, scale, cap, stream)
+            })
         }
 
         fn launch_backward(
             &self,
             qkv: &Tensor,
             sinks: Option<&Tensor>,
-            y: &Tensor,
-            dy: &Tensor,
-            lse: &Tensor,
+            [y, dy, lse]: [&Tensor; 3],
+            dlse: Option<&Tensor>,
         ) -> Result<(Tensor, Option<Tensor>)> {
             let ([b, t, h, g, d, window], [scale, cap]) = self.numbers(qkv, sinks)?;
             let device = device_of(qkv)?;
@@ -388,11 +470,14 @@ mod gpu {
             let scratch = Output::scratch(device, unsafe { margay_softmax_attn_bwd_scratch(b, t, h) })?;
             let (x, s) = (pointer(qkv)?, sinks.map(pointer).transpose()?.unwrap_or(std::ptr::null()));
             let (y, dy, lse) = (pointer(y)?, pointer(dy)?, pointer(lse)?);
+            let dlse = dlse.map(pointer).transpose()?.unwrap_or(std::ptr::null());
             let ds_at = dsinks.as_ref().map(Output::pointer).transpose()?.unwrap_or(std::ptr::null_mut());
             let (dx, room) = (dqkv.pointer()?, scratch.pointer()?);
             // SAFETY: shapes as in the forward launch, gradients shaped like what they belong to, and the scratch asked for.
             launch(device, "softmax_attn backward", |stream| unsafe {
-                margay_softmax_attn_bwd(x, s, y, dy, lse, dx, ds_at, room, b, t, h, g, d, window, scale, cap, stream)
+                margay_softmax_attn_bwd(
+                    x, s, y, dy, lse, dlse, dx, ds_at, room, b, t, h, g, d, window, scale, cap, stream,
+                )
             })?;
             Ok((dqkv.tensor(), dsinks.map(Output::tensor)))
         }
@@ -452,6 +537,29 @@ mod tests {
                         });
                     }
                 }
+            }
+        }
+    }
+
+    /// The same on a GPU, gradients of all three results included.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn mass_kernels_equal_plain() {
+        let joined = |parts: Result<(Tensor, Tensor, Tensor)>| {
+            let (y, top, mass) = parts?;
+            Tensor::cat(&[y.to_dtype(top.dtype())?, top.unsqueeze(3)?, mass.log()?.unsqueeze(3)?], 3)
+        };
+        for (kind, time, window) in ["randn", "large"]
+            .into_iter()
+            .flat_map(|kind| [1, 65, 200].map(|time| (kind, time)))
+            .flat_map(|(kind, time)| [None, Some(1), Some(16), Some(64), Some(128)].map(|w| (kind, time, w)))
+        {
+            for (heads, kv_heads, dim, softcap) in [(4, 2, 64, None), (3, 1, 128, Some(20.0)), (2, 2, 80, None)] {
+                let op = SoftmaxAttn { heads, kv_heads, window, softcap };
+                let x = [input(kind, &[2, time, heads + 2 * kv_heads, dim], 1)];
+                let what = format!("{kind}, {time}, {window:?}, {heads} over {kv_heads} x {dim}, {softcap:?}");
+                let plain = |x: &[Tensor]| joined(op.parallel_with_mass(&x[0]));
+                super::super::check::check_gpu(&what, &x, false, |x| joined(op.forward_with_mass(&x[0])), plain);
             }
         }
     }

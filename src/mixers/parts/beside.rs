@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::families::Architecture;
 use crate::mixers::Spec;
-use crate::mixers::linear::{cast, project};
+use crate::mixers::linear::project;
+use crate::ops::gate::{self, Curve};
+use crate::ops::mix::mix;
+use crate::ops::wide;
 use crate::params::{Init, Param, named};
 
 const WEIGHTS: [&str; 2] = ["mix_window", "mix_linear"];
@@ -90,24 +93,23 @@ pub struct Mix {
 impl Mix {
     /// The weighted sum of the window's and the linear branch's output [B, T, H, V] of the layer's input `x` [B, T, N].
     pub fn add(&self, x: &Tensor, window: &Tensor, linear: &Tensor) -> Result<Tensor> {
-        let (gated_window, gated_linear);
-        let (window, linear) = match &self.gate {
-            None => (window, linear),
-            Some(weight) => {
-                let factors = (project(x, weight)? * 0.5)?.tanh()? + 1.0; // twice the logistic function
-                let factors = factors?.to_dtype(linear.dtype())?.unsqueeze(3)?; // [B, T, 2 H, 1]
-                let heads = linear.dim(2)?;
-                gated_window = window.broadcast_mul(&factors.narrow(2, 0, heads)?)?;
-                gated_linear = linear.broadcast_mul(&factors.narrow(2, heads, heads)?)?;
-                (&gated_window, &gated_linear)
-            }
-        };
-        match &self.learned {
+        mix(&[window, linear], &self.weights(x, linear.dim(2)?)?)
+    }
+
+    /// What both weigh, [2, H] or [B, T, 2, H].
+    fn weights(&self, x: &Tensor, heads: usize) -> Result<Tensor> {
+        let dtype = wide(x.dtype());
+        let own = match &self.learned {
             Some((w, l)) => {
-                let by_head = |p: &Param| cast(p, linear)?.reshape((1, 1, (), 1));
-                window.broadcast_mul(&by_head(w)?)? + linear.broadcast_mul(&by_head(l)?)?
+                Tensor::cat(&[w.var.reshape((1, heads))?, l.var.reshape((1, heads))?], 0)?.to_dtype(dtype)?
             }
-            None => (window * self.weights[0])? + (linear * self.weights[1])?,
-        }
+            None => Tensor::new(&self.weights, x.device())?.to_dtype(dtype)?.unsqueeze(1)?.repeat((1, heads))?,
+        };
+        let Some(weight) = &self.gate else { return Ok(own) };
+        let (b, t, _) = x.dims3()?;
+        // Twice the logistic function.
+        let factor = gate::Gate { curve: Curve::Sigmoid, scale: 2.0, group: 1 };
+        let logits = project(x, weight)?.reshape((b, t, 2, heads))?;
+        factor.forward(&logits, None, Some(&own.flatten_all()?))
     }
 }

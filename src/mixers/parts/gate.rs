@@ -5,9 +5,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::families::Architecture;
-use crate::mixers::linear::{cast, log_sigmoid, project, softplus};
-use crate::mixers::pass::{repeat, wide_of};
+use crate::mixers::linear::project;
+use crate::mixers::pass::wide_of;
 use crate::mixers::{Heads, Spec};
+use crate::ops::gate::{self, Curve};
 use crate::params::{Init, Param, named};
 
 /// Where the decay comes from.
@@ -143,24 +144,27 @@ impl Decays {
     pub fn log(&self, x: &Heads) -> Result<Tensor> {
         let (b, t, _, _) = x.qkv.dims4()?;
         let h = x.heads;
-        let scaled = |logits: &Tensor| log_sigmoid(logits)? / self.gate.normaliser;
+        // ln σ / τ of as many groups of heads.
+        let sigmoid = |groups: usize| gate::Gate {
+            curve: Curve::LogSigmoid,
+            scale: 1.0 / self.gate.normaliser,
+            group: h / groups,
+        };
         match (self.gate.kind, self.tensors.as_slice()) {
             (GateKind::ScalarToken | GateKind::ScalarHead, [weight, bias]) => {
-                let logits = project(&x.x, weight)?;
-                let logits = logits.broadcast_add(&cast(bias, &logits)?)?;
-                scaled(&logits.broadcast_as((b, t, h))?.contiguous()?)
+                let logits = project(&x.x, weight)?.unsqueeze(3)?; // [B, T, 1 or H, 1]
+                sigmoid(logits.dim(2)?).forward(&logits, Some(&bias.var), None)?.squeeze(3)
             }
             (GateKind::Mamba2, [weight, a_log, dt_bias]) => {
-                let step = project(&x.x, weight)?;
-                let step = softplus(&step.broadcast_add(&cast(dt_bias, &step)?)?)?;
-                step.broadcast_mul(&cast(a_log, &step)?.exp()?.neg()?)
+                let rate = a_log.var.exp()?.neg()?;
+                let logits = project(&x.x, weight)?.unsqueeze(3)?;
+                gate::Gate::of(Curve::Softplus).forward(&logits, Some(&dt_bias.var), Some(&rate))?.squeeze(3)
             }
             (GateKind::LowRank, [first, second, bias]) => {
-                let logits = project(&project(&x.x, first)?, second)?;
-                let logits = logits.broadcast_add(&cast(bias, &logits)?)?;
-                repeat(&scaled(&logits)?.reshape((b, t, x.kv_heads, self.width))?, h / x.kv_heads)
+                let logits = project(&project(&x.x, first)?, second)?.reshape((b, t, x.kv_heads, self.width))?;
+                sigmoid(x.kv_heads).forward(&logits, Some(&bias.var), None)
             }
-            (GateKind::Pooled, _) => repeat(&scaled(&self.pooled(x)?)?, h / x.kv_heads),
+            (GateKind::Pooled, _) => sigmoid(x.kv_heads).forward(&self.pooled(x)?, None, None),
             (GateKind::Retention | GateKind::Lightning, _) => {
                 let g =
                     Tensor::new(self.fixed.as_slice(), x.qkv.device())?.to_dtype(crate::ops::wide(x.qkv.dtype()))?;
@@ -172,7 +176,10 @@ impl Decays {
 
     /// The keys' channels, averaged over neighbours where fewer are wanted: [B, T, Hkv, width].
     fn pooled(&self, x: &Heads) -> Result<Tensor> {
-        pool(&wide_of(&x.keys()?)?, self.pool)
+        match self.pool {
+            Some(width) => pool(&wide_of(&x.keys()?)?, Some(width)),
+            None => x.keys(),
+        }
     }
 }
 

@@ -5,9 +5,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::families::Architecture;
-use crate::mixers::linear::{cast, project, sigmoid};
+use crate::mixers::linear::{cast, project};
 use crate::mixers::pass::wide_of;
 use crate::mixers::{Heads, Spec};
+use crate::ops::gate::{Curve, Gate};
 use crate::params::{Init, Param, named};
 
 /// Norm and gate of the output.
@@ -91,13 +92,10 @@ impl Finish {
             out = y.broadcast_div(&size)?.broadcast_mul(&weight)?.to_dtype(out.dtype())?;
         }
         if let Some((weight, bias)) = &self.gate {
-            let logits = project(&x.x, weight)?;
-            let logits = logits.broadcast_add(&cast(bias, &logits)?)?;
-            let gate = match self.kind {
-                OutputGate::Silu => (&logits * sigmoid(&logits)?)?,
-                _ => sigmoid(&logits)?,
-            };
-            out = (&out * gate.reshape((b, t, h, d))?.to_dtype(out.dtype())?)?;
+            let curve = if self.kind == OutputGate::Silu { Curve::Silu } else { Curve::Sigmoid };
+            let logits = project(&x.x, weight)?.reshape((b, t, h, d))?;
+            let gate = Gate::of(curve).forward(&logits, Some(&bias.var), None)?;
+            out = (&out * gate.to_dtype(out.dtype())?)?;
         }
         Ok(out)
     }

@@ -10,12 +10,14 @@
 //! A key joins the state when it leaves the window, with the decay it met there; the state decays at every step. So no
 //! key counts twice, and the exponents are sums of the last `w` gates, never positive.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use crate::mixers::linear::{cast, log_sigmoid};
+use crate::mixers::linear::cast;
 use crate::mixers::pass::{Pass, wide_of};
 use crate::mixers::{Heads, Spec};
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
+use crate::ops::mix::mix;
+use crate::ops::shares::{Row, shares};
 use crate::params::{Init, Param, named};
 
 /// The window of a shared denominator, with its tensors.
@@ -71,36 +73,21 @@ impl Shared {
         let window = pass.window(x, self.size, v)?;
         let (k, v) = &window.left;
         let waited = pass.recent("gates", &branch.gates, self.size)?.exp()?;
-        let waited = if waited.rank() == 3 { waited.unsqueeze(3)? } else { waited };
         let k = (branch.keys)(k, pass)?;
-        let k = k.broadcast_mul(&waited.to_dtype(k.dtype())?)?.broadcast_mul(&window.has_left)?;
-        let (sum, count) = pass.counted("s", [&branch.queries, &k, v], &branch.gates)?;
-
-        // Everything of a row in f32: [B, T, H, 1].
-        let mut top = wide_of(&window.top)?.unsqueeze(3)?;
-        let own = top.clone();
-        let mut sunk = None;
-        if let Some(sinks) = &self.sinks {
-            let sinks = cast(sinks, &top)?.reshape((1, 1, 1, ()))?;
-            top = top.broadcast_maximum(&sinks.max_keepdim(D::Minus1)?)?;
-            sunk = Some(sinks.broadcast_sub(&top)?.exp()?.sum_keepdim(D::Minus1)?);
-        }
-        let sigma = match &self.factors {
-            Some(f) => log_sigmoid(&cast(f, &top)?)?.exp()?.reshape((1, 1, x.heads, 1))?,
-            None => Tensor::ones((1, 1, x.heads, 1), top.dtype(), top.device())?,
+        let k = match waited.rank() {
+            3 => mix(&[&k], &waited.unsqueeze(2)?.broadcast_mul(&window.has_left.to_dtype(waited.dtype())?)?)?,
+            _ => k.broadcast_mul(&waited.to_dtype(k.dtype())?)?.broadcast_mul(&window.has_left)?,
         };
-        let mass = (wide_of(&window.mass)?.unsqueeze(3)? * (own - &top)?.exp()?)?.broadcast_mul(&sigma)?;
-        let (mut sum, mut count) = (wide_of(&sum)?, wide_of(&count)?);
-        if self.affine {
-            let lambda = (1.0 - &sigma)?;
-            (sum, count) = (sum.broadcast_mul(&lambda)?, count.broadcast_mul(&lambda)?);
-        }
-        let mut den = (&mass + count)?;
-        if let Some(sunk) = sunk {
-            den = (den + sunk.broadcast_mul(&sigma)?)?;
-        }
-        let soft = wide_of(&window.y)?.broadcast_mul(&mass)?;
-        pass.of_window(|| soft.broadcast_div(&den)?.to_dtype(window.y.dtype()))?;
-        (soft + sum)?.broadcast_div(&den)?.to_dtype(window.y.dtype())
+        let (sum, count) = pass.counted("s", [&branch.queries, &k, v], &branch.gates)?;
+        let count = wide_of(&count)?.squeeze(3)?;
+        let factors = match &self.factors {
+            Some(factors) => cast(factors, &count)?.flatten_all()?,
+            None => candle_core::bail!("a shared denominator lacks its window factors"),
+        };
+        let sinks = self.sinks.as_ref().map(|sinks| cast(sinks, &count)).transpose()?;
+        let row = Row { top: &window.top, mass: &window.mass };
+        let weights = shares(row, &count, &factors, sinks.as_ref(), self.affine)?;
+        pass.of_window(|| mix(&[&window.y], &weights.narrow(2, 0, 1)?))?;
+        mix(&[&window.y, &sum], &weights)
     }
 }

@@ -1,11 +1,11 @@
 //! The CUDA form (`kernels/gated_linear_attn.cu`): bf16, tensor cores.
 
 use std::ffi::{c_int, c_longlong, c_void};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
-use super::super::cuda::{self, Output, device_of, launch, pointer};
+use super::super::cuda::{self, Output, device_of, joint, launch, pointer};
 use super::{Channels, GatedLinearAttn};
 
 unsafe extern "C" {
@@ -63,6 +63,39 @@ unsafe extern "C" {
         gates_on: c_int,
         f32_gates: c_int,
         gate_stride: c_longlong,
+        scale: f32,
+        stream: *mut c_void,
+    ) -> c_int;
+    fn margay_gated_count_starts(batch: c_int, time: c_int, heads: c_int, dim: c_int) -> usize;
+    fn margay_gated_count(
+        q: *const c_void,
+        k: *const c_void,
+        gates: *const c_void,
+        count: *mut c_void,
+        starts: *mut c_void,
+        batch: c_int,
+        time: c_int,
+        heads: c_int,
+        dim: c_int,
+        per_channel: c_int,
+        scale: f32,
+        stream: *mut c_void,
+    ) -> c_int;
+    fn margay_gated_count_bwd(
+        q: *const c_void,
+        k: *const c_void,
+        gates: *const c_void,
+        dcount: *const c_void,
+        starts: *const c_void,
+        behind: *mut c_void,
+        dq: *mut c_void,
+        dk: *mut c_void,
+        dgates: *mut c_void,
+        batch: c_int,
+        time: c_int,
+        heads: c_int,
+        dim: c_int,
+        per_channel: c_int,
         scale: f32,
         stream: *mut c_void,
     ) -> c_int;
@@ -139,6 +172,33 @@ struct Run {
     gate_grad: bool,
 }
 
+/// Whether `counted` has kernels for these heads.
+pub fn counts(op: &GatedLinearAttn, q: &Tensor, v: &Tensor, gates: &Tensor) -> bool {
+    let whole = |x: &Tensor| x.dim(D::Minus1).is_ok_and(|n| n == 64 || n == WIDEST);
+    op.gated == Channels::Keys && whole(q) && whole(v) && ready(op, q, v, gates)
+}
+
+/// The result, and in f32 the sums [B, T, H] of the weights it was made with (`kernels/gated_count.cu`).
+pub fn counted(op: &GatedLinearAttn, q: &Tensor, k: &Tensor, v: &Tensor, gates: &Tensor) -> Result<(Tensor, Tensor)> {
+    let run = Run::new(op, q, k, v, &gates.to_dtype(DType::F32)?, None, None)?;
+    let (y, _) = run.forward()?;
+    let (count, starts) = run.count()?;
+    let kept = run.clone();
+    let inputs = [&run.q, &run.k, &run.v, &run.gates];
+    let mut results = joint(&inputs, vec![y, count], "gated_linear_attn", move |given| {
+        let [y, count] = given else { bail!("{} gradients of two results", given.len()) };
+        let none = || Tensor::zeros(kept.v.shape(), DType::BF16, kept.v.device());
+        let dy = y.as_ref().map_or_else(none, |(_, grad)| Ok(grad.clone()))?;
+        let (inputs, gates, _) = kept.backward(&dy)?;
+        if let Some((_, grad)) = count {
+            kept.count_backward(grad, &starts, &inputs, gates.as_ref())?;
+        }
+        Ok(inputs.into_iter().map(Some).chain([gates]).collect())
+    })?;
+    let count = results.swap_remove(1);
+    Ok((results.swap_remove(0), count))
+}
+
 fn exact(
     op: &GatedLinearAttn,
     q: &Tensor,
@@ -148,75 +208,122 @@ fn exact(
     initial: Option<&Tensor>,
     bounds: Option<&[usize]>,
 ) -> Result<(Tensor, Tensor)> {
-    let (b, t, ..) = q.dims4()?;
-    let device = device_of(q)?;
-    // Gates per head are few: always f32.
-    let narrow = gates.dtype() == DType::BF16 && gates.rank() == 4;
-    let gates = if narrow { gates.clone() } else { gates.to_dtype(DType::F32)? };
-    let starts = match bounds {
-        Some(bounds) => {
-            let bounds: Vec<u32> = bounds.iter().map(|b| *b as u32).collect();
-            Some(Tensor::new(bounds, q.device())?)
-        }
-        None => None,
-    };
-    let swapped = op.gates_on(&gates) == 2;
-    let run = Arc::new(Run {
-        q: q.contiguous()?,
-        k: k.to_dtype(DType::BF16)?.contiguous()?,
-        v: v.contiguous()?,
-        gate_grad: gates.track_op(),
-        gates: gates.contiguous()?,
-        initial: match initial {
-            Some(s) if swapped => Some(s.to_dtype(DType::F32)?.t()?.contiguous()?),
-            Some(s) => Some(s.to_dtype(DType::F32)?.contiguous()?),
-            None => None,
-        },
-        gates_on: op.gates_on(&gates),
-        sequences: bounds.map_or(b, |b| b.len() - 1),
-        starts,
-        time: t,
-        scale: op.scale as f32,
-    });
+    let run = Run::new(op, q, k, v, gates, initial, bounds)?;
     let (y, last) = run.forward()?;
-
-    // As on the CPU: a stand-in carries the gradients of queries, keys and values.
-    let found = Arc::new(Mutex::new(None));
-    let theirs = found.clone();
-    let stand_in = Output::new(device, 1, DType::F32)?.node(
-        [&run.q, &run.k, &run.v],
-        "gated_linear_attn",
-        Box::new(move |_, _, _| match theirs.lock().ok().and_then(|mut f| f.take()) {
-            Some(grads) => Ok(grads),
-            None => bail!("gated attention has no gradients to give"),
-        }),
-    )?;
     let kept = run.clone();
-    let backward = move |grad: &Tensor| -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    let mut inputs = vec![&run.q, &run.k, &run.v, &run.gates];
+    inputs.extend(&run.initial);
+    let mut results = joint(&inputs, vec![y], "gated_linear_attn", move |given| {
+        let Some((_, grad)) = given.first().and_then(Option::as_ref) else {
+            bail!("gated attention without a gradient")
+        };
         let (inputs, gates, initial) = kept.backward(grad)?;
-        if let Ok(mut found) = found.lock() {
-            *found = Some(inputs);
-        }
-        Ok((Some(Tensor::zeros(1, DType::F32, grad.device())?), gates, initial))
-    };
-    let y = match &run.initial {
-        None => y.node(
-            [&stand_in, &run.gates],
-            "gated_linear_attn",
-            Box::new(move |_, _, grad| backward(grad).map(|(x, gates, _)| [x, gates])),
-        )?,
-        Some(initial) => y.node(
-            [&stand_in, &run.gates, initial],
-            "gated_linear_attn",
-            Box::new(move |_, _, grad| backward(grad).map(|(x, gates, initial)| [x, gates, initial])),
-        )?,
-    };
-    Ok((y, if swapped { last.t()? } else { last }))
+        Ok(inputs.into_iter().map(Some).chain([gates, initial]).collect())
+    })?;
+    Ok((results.swap_remove(0), if run.gates_on == 2 { last.t()? } else { last }))
 }
 
-type InputGrads = [Option<Tensor>; 3];
-
 impl Run {
+    fn new(
+        op: &GatedLinearAttn,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        gates: &Tensor,
+        initial: Option<&Tensor>,
+        bounds: Option<&[usize]>,
+    ) -> Result<Arc<Run>> {
+        let (b, t, ..) = q.dims4()?;
+        // Gates per head are few: always f32.
+        let narrow = gates.dtype() == DType::BF16 && gates.rank() == 4;
+        let gates = if narrow { gates.clone() } else { gates.to_dtype(DType::F32)? };
+        let starts = match bounds {
+            Some(bounds) => {
+                let bounds: Vec<u32> = bounds.iter().map(|b| *b as u32).collect();
+                Some(Tensor::new(bounds, q.device())?)
+            }
+            None => None,
+        };
+        let swapped = op.gates_on(&gates) == 2;
+        Ok(Arc::new(Run {
+            q: q.contiguous()?,
+            k: k.to_dtype(DType::BF16)?.contiguous()?,
+            v: v.contiguous()?,
+            gate_grad: gates.track_op(),
+            gates: gates.contiguous()?,
+            initial: match initial {
+                Some(s) if swapped => Some(s.to_dtype(DType::F32)?.t()?.contiguous()?),
+                Some(s) => Some(s.to_dtype(DType::F32)?.contiguous()?),
+                None => None,
+            },
+            gates_on: op.gates_on(&gates),
+            sequences: bounds.map_or(b, |b| b.len() - 1),
+            starts,
+            time: t,
+            scale: op.scale as f32,
+        }))
+    }
+
+    /// B, T, H, K of the counts' kernels, and whether gates are per channel.
+    fn count_sizes(&self) -> Result<[c_int; 5]> {
+        let (b, t, h, k) = self.q.dims4()?;
+        Ok([b, t, h, k, self.gates_on as usize].map(|n| n as c_int))
+    }
+
+    /// Sums of the weights [B, T, H], and the chunks' starts that their backward pass needs.
+    fn count(&self) -> Result<(Output, Tensor)> {
+        let [b, t, h, k, per_channel] = self.count_sizes()?;
+        let device = device_of(&self.q)?;
+        let count = Output::new(device, (b as usize, t as usize, h as usize), DType::F32)?;
+        // SAFETY: arithmetic on sizes.
+        let starts = Output::new(device, unsafe { margay_gated_count_starts(b, t, h, k) }, DType::F32)?;
+        let (q_at, k_at, g_at) = (pointer(&self.q)?, pointer(&self.k)?, pointer(&self.gates)?);
+        let (count_at, starts_at) = (count.pointer()?, starts.pointer()?);
+        // SAFETY: contiguous bf16 queries and keys, f32 gates and counts of the sizes given, on this device.
+        launch(device, "gated_count", |stream| unsafe {
+            margay_gated_count(q_at, k_at, g_at, count_at, starts_at, b, t, h, k, per_channel, self.scale, stream)
+        })?;
+        Ok((count, starts.tensor()))
+    }
+
+    /// Adds what a gradient of the counts gives queries, keys and gates to theirs, which nothing else reads yet.
+    fn count_backward(
+        &self,
+        grad: &Tensor,
+        starts: &Tensor,
+        inputs: &[Tensor; 3],
+        gates: Option<&Tensor>,
+    ) -> Result<()> {
+        let [b, t, h, k, per_channel] = self.count_sizes()?;
+        let device = device_of(&self.q)?;
+        let behind = Output::new(device, starts.shape(), DType::F32)?;
+        let (q_at, k_at, g_at) = (pointer(&self.q)?, pointer(&self.k)?, pointer(&self.gates)?);
+        let (grad, starts, behind_at) = (pointer(grad)?, pointer(starts)?, behind.pointer()?);
+        let (dq, dk) = (pointer(&inputs[0])?.cast_mut(), pointer(&inputs[1])?.cast_mut());
+        let dg = gates.map(pointer).transpose()?.unwrap_or(std::ptr::null()).cast_mut();
+        // SAFETY: as in `count`; the gradients were made for this backward pass and are like what they belong to.
+        launch(device, "gated_count backward", |stream| unsafe {
+            margay_gated_count_bwd(
+                q_at,
+                k_at,
+                g_at,
+                grad,
+                starts,
+                behind_at,
+                dq,
+                dk,
+                dg,
+                b,
+                t,
+                h,
+                k,
+                per_channel,
+                self.scale,
+                stream,
+            )
+        })
+    }
+
     /// Heads, and the sides of a state, the gated one first.
     fn dims(&self) -> Result<(usize, usize, usize)> {
         let (h, k, v) = (self.q.dim(2)?, self.q.dim(3)?, self.v.dim(3)?);
@@ -285,7 +392,7 @@ impl Run {
     }
 
     /// Gradients of queries, keys and values, of the gates, of the initial states.
-    fn backward(&self, grad: &Tensor) -> Result<(InputGrads, Option<Tensor>, Option<Tensor>)> {
+    fn backward(&self, grad: &Tensor) -> Result<([Tensor; 3], Option<Tensor>, Option<Tensor>)> {
         let ((h, k, v), device) = (self.dims()?, device_of(&self.q)?);
         let grad = grad.to_dtype(DType::BF16)?.contiguous()?;
         let like = |x: &Tensor| Output::new(device, x.shape(), x.dtype());
@@ -332,7 +439,7 @@ impl Run {
                 stream,
             )
         })?;
-        let inputs = [Some(dq.tensor()), Some(dk.tensor()), Some(dv.tensor())];
+        let inputs = [dq.tensor(), dk.tensor(), dv.tensor()];
         Ok((inputs, dgates.map(Output::tensor), dinitial.map(Output::tensor)))
     }
 }
@@ -413,6 +520,34 @@ mod tests {
         }
         check("long", &device, [1, 4096, 1, 64, 64], "randn", "soft", PLACES[1]);
         check("long", &device, [1, 4096, 1, 64, 64], "randn", "soft", PLACES[0]);
+    }
+
+    /// Results and counts against a column of ones among the values.
+    #[test]
+    fn counts_equal_plain() {
+        for (gates, dim) in [(true, 64), (true, 128), (false, 64), (false, 128)] {
+            for (time, gate_kind) in
+                [(1, "usual"), (31, "soft"), (64, "soft"), (130, "strong"), (1000, "soft"), (200, "cut")]
+            {
+                let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+                let [q, k, v, g, _] = sized("randn", gate_kind, [2, time, 3, dim, 64], (gates, Channels::Keys));
+                // As features are: of one sign, so that sums do not cancel.
+                let x = [q.abs().unwrap(), k.abs().unwrap(), v, g];
+                let joined = |parts: Result<(Tensor, Tensor)>| {
+                    let (y, count) = parts?;
+                    let dtype = super::super::super::wide(y.dtype());
+                    Tensor::cat(&[y.to_dtype(dtype)?, count.to_dtype(dtype)?], 3)
+                };
+                let plain = |x: &[Tensor]| {
+                    let one = x[2].narrow(3, 0, 1)?.ones_like()?;
+                    let all = op.chunked(&x[0], &x[1], &Tensor::cat(&[&x[2], &one], 3)?, &x[3], None)?.0;
+                    joined(Ok((all.narrow(3, 0, 64)?, all.narrow(3, 64, 1)?)))
+                };
+                let what = format!("per channel: {gates}, {dim}, {time}, gates {gate_kind}");
+                let ours = |x: &[Tensor]| joined(op.counted(&x[0], &x[1], &x[2], &x[3]));
+                super::super::super::check::check_gpu(&what, &x, false, ours, plain);
+            }
+        }
     }
 
     #[test]

@@ -67,6 +67,23 @@ impl GatedLinearAttn {
         self.run(q, k, v, gates, initial, None)
     }
 
+    /// The same with what weights sum to: `Σ a_ij v_j` [B, T, H, V] and `Σ a_ij` [B, T, H, 1],
+    /// a_ij = scale e^{G_i - G_j} q_i·k_j. The count is one more column of the values, where it has no kernel of its own.
+    pub fn counted(&self, q: &Tensor, k: &Tensor, v: &Tensor, gates: &Tensor) -> Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        if gpu::counts(self, q, v, gates) {
+            let (y, count) = gpu::counted(self, q, k, v, gates)?;
+            return Ok((y, count.unsqueeze(3)?));
+        }
+        let (width, one) = (v.dim(3)?, v.narrow(3, 0, 1)?.ones_like()?);
+        if v.device().is_cuda() {
+            let count = self.forward(q, k, &one, gates, None)?.0;
+            return Ok((self.forward(q, k, v, gates, None)?.0, count));
+        }
+        let y = self.forward(q, k, &Tensor::cat(&[v, &one], 3)?, gates, None)?.0;
+        Ok((y.narrow(3, 0, width)?, y.narrow(3, width, 1)?))
+    }
+
     /// Sequences packed into one row (B = 1): sequence n is `bounds[n]..bounds[n + 1]` and has its own state.
     pub fn forward_packed(
         &self,
