@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Var};
 use serde::{Deserialize, Serialize};
 
+use super::liger;
 use crate::checkpoint::config::Config;
 use crate::checkpoint::{Checkpoint, Headers};
 use crate::error::{Error, Kind, Result};
@@ -32,9 +33,9 @@ pub struct Linearization {
 impl Linearization {
     pub const FORMAT: u32 = 1;
 
-    /// The object of a converted model, `None` for an ordinary one.
+    /// What makes a converted model, ours or one of the official Liger code; `None` for an ordinary one.
     pub fn of(config: &Config) -> Result<Option<Self>> {
-        let Some(value) = config.get("linearization") else { return Ok(None) };
+        let Some(value) = config.get("linearization") else { return liger::read(config) };
         let found: Self = serde_json::from_value(value.clone()).map_err(|e| {
             Error::new(Kind::Config, format!("{}: `linearization` cannot be read: {e}", config.file()))
                 .hint("written by another version? `margay doctor` prints this one")
