@@ -42,8 +42,9 @@ const CLASSES: [Class; 5] = [
     },
 ];
 
-/// Keys of its window, and what window and linear branch weigh.
-const WINDOW: usize = 64;
+/// Keys of its window: its 64 is 65, the own key not counted, in versions of transformers up to its time.
+const WINDOWS: [usize; 2] = [64, 65];
+/// What window and linear branch weigh.
 const HALF: f64 = 0.5;
 /// `pool_size` where a configuration has none.
 const POOL: usize = 64;
@@ -112,9 +113,10 @@ fn variant(mixer: &Mixer, a: &Architecture) -> Result<(&'static str, usize), Str
         _ => None,
     }
     .ok_or_else(|| format!("`{}` attention with these settings", mixer.design().name()))?;
-    let fixed = |w: &Beside| w.size == WINDOW && w.weight == HALF && w.linear_weight == HALF && !w.learn && !w.gate;
+    let fixed =
+        |w: &Beside| WINDOWS.contains(&w.size) && w.weight == HALF && w.linear_weight == HALF && !w.learn && !w.gate;
     match fixed(window) && output == &Output::default() {
         true => Ok(found),
-        false => Err("window or output gate other than 64 keys, half and half, and none".into()),
+        false => Err("window or output gate other than 64 or 65 keys, half and half, and none".into()),
     }
 }
