@@ -21,7 +21,7 @@ use super::quoted;
 
 #[derive(Args)]
 pub struct Export {
-    /// A folder that `margay convert` wrote; with --base the official LoLCATs checkpoints `_distill.pt` and `_ft.pt`
+    /// A folder that `margay convert` or the official Liger code wrote; with --base the official LoLCATs checkpoints `_distill.pt` and `_ft.pt`
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<PathBuf>,
     /// What to write

@@ -65,6 +65,9 @@ pub fn tensor_name(architecture: &Architecture, layer: usize, suffix: &str) -> S
     format!("{}.{layer}.{}.{suffix}", names.blocks, names.attention())
 }
 
+/// The file of an adapter folder that holds its mixers; the base model's weights are not there.
+pub const MIXERS: &str = "mixers.safetensors";
+
 /// More layers than this are no model but a damaged configuration.
 const MOST_LAYERS: usize = 10_000;
 
@@ -101,7 +104,12 @@ impl Description {
         let (family, mut architecture, linearization) = understand(&headers.config)?;
         architecture.names = family.names(headers);
         let added = linearization.as_ref().map(|l| l.tensors(&architecture)).unwrap_or_default();
-        let claims = families::claim(headers, family, &architecture, &added)?;
+        let claims = families::claim(headers, family, &architecture, &added).map_err(|e| {
+            match headers.files.iter().any(|file| file.name == MIXERS) {
+                true => e.hint("this is an adapter, what changed alone; give the export that it was written from"),
+                false => e,
+            }
+        })?;
         Ok(Description { family, architecture, claims, linearization })
     }
 }

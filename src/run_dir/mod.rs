@@ -339,8 +339,12 @@ fn put_in_place(finished: &Path, out: &Path) -> Result<()> {
     fs::rename(finished, out).map_err(|e| output("rename the export to", out, e))
 }
 
-/// Refuses an output folder that has something in it.
+/// Refuses an output folder that has something in it, and a link, which no folder can be renamed to.
 pub fn refuse_taken(out: &Path) -> Result<()> {
+    if out.is_symlink() {
+        let message = format!("output `{}` is a symbolic link", out.display());
+        return Err(Error::new(Kind::Output, message).hint("name the folder it leads to, or choose another --out"));
+    }
     let empty = match fs::read_dir(out) {
         Ok(mut entries) => entries.next().is_none(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => true,
@@ -617,6 +621,12 @@ mod tests {
         assert!(refused(&file, &fingerprint(), false).0.contains("not empty"));
         assert!(refused(&file.join("under"), &fingerprint(), false).0.contains("cannot"));
         assert!(refused(Path::new("/"), &fingerprint(), false).0.contains("cannot be made the output folder"));
+        #[cfg(unix)]
+        {
+            let link = home.path().join("link");
+            std::os::unix::fs::symlink(home.path().join("nowhere"), &link).unwrap();
+            assert!(refused(&link, &fingerprint(), false).0.ends_with("is a symbolic link"));
+        }
     }
 
     #[test]
