@@ -62,9 +62,7 @@ impl Error {
         use std::io::ErrorKind as K;
         let path: PathBuf = path.as_ref().into();
         let hint = match source.kind() {
-            K::StorageFull | K::QuotaExceeded => {
-                Some("free some space; the same command continues from the last checkpoint")
-            }
+            K::StorageFull | K::QuotaExceeded => Some("free some space and give the same command again"),
             K::PermissionDenied => Some("check the owner and permissions of this path"),
             K::NotFound => Some("check the spelling; a relative path is read from the current folder"),
             _ => None,

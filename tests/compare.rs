@@ -9,6 +9,8 @@ mod byte_tokenizer;
 mod tiny;
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::sync::Mutex;
 
 use candle_core::Device;
@@ -18,7 +20,7 @@ use margay::error::{Kind, Result};
 use margay::progress::{Progress, Silent};
 use margay::recipe::Recipe;
 use serde_json::json;
-use tiny::{Home, deep};
+use tiny::{Act, Home, Watch, deep};
 
 /// Variants that differ in all that may differ: mixer, what trains, rates, clipping, optimiser and schedule. Gradients
 /// are clipped at every step, and plateaus end early.
@@ -51,32 +53,86 @@ stages = ["recover"]
 "#;
 
 /// What all share; over a file's own keys.
-fn sets(home: &Home) -> Vec<String> {
-    let source = format!("data.sources=[{:?}]", home.path("text.txt"));
+fn sets(home: &Path) -> Vec<String> {
+    let source = format!("data.sources=[{:?}]", home.join("text.txt"));
     let keys = ["tokens=3072", "seq_len=64", "batch=4", "eval_every=2"].map(|key| format!("stage.transfer.{key}"));
     [source].into_iter().chain(keys).collect()
 }
 
-/// Compares files of these names and texts.
-fn run(home: &Home, files: &[(&str, &str)], sets: &[String], progress: &dyn Progress) -> Result<Comparison> {
+/// A comparison of files of these names and texts, of the model in `home`.
+fn options(home: &Path, files: &[(&str, &str)], sets: &[String]) -> Result<Options> {
     let recipe = |(name, text): &(&str, &str)| {
-        let file = home.path(&format!("{name}.toml"));
+        let file = home.join(format!("{name}.toml"));
         fs::write(&file, text).unwrap();
         Recipe::load(file.to_str().unwrap(), sets)
     };
-    let options = Options {
-        model: home.model().to_str().unwrap().into(),
+    Ok(Options {
+        model: home.join("model").to_str().unwrap().into(),
         recipes: files.iter().map(recipe).collect::<Result<_>>()?,
         tokens: None,
+        out: None,
+        restart: false,
         device: Device::Cpu,
-    };
+    })
+}
+
+fn run(home: &Home, files: &[(&str, &str)], sets: &[String], progress: &dyn Progress) -> Result<Comparison> {
+    let options = options(home.0.path(), files, sets)?;
     deep(|| compare(&options, progress))
+}
+
+const RESUMED: &str = "MARGAY_TEST_COMPARISON";
+
+/// Two variants whose parameters have the same names, with progress in `home`.
+fn resumed(home: &Path) -> Options {
+    let other = "extends = \"llama/lolcats\"\nmixer.window = 4\nstage.transfer.lr = 2e-3";
+    let options = options(home, &[("window", WINDOW), ("other", other)], &sets(home)).unwrap();
+    Options { out: Some(home.join("compared")), ..options }
+}
+
+/// Compares in a process that is stopped, as Ctrl-C does it, behind the third step.
+#[test]
+fn child() {
+    let Some(home) = std::env::var_os(RESUMED) else { return };
+    let watch = Watch::at(Some(("transfer:3".into(), Act::Stop)));
+    let error = deep(|| compare(&resumed(Path::new(&home)), &watch)).unwrap_err();
+    assert_eq!(error.kind, Kind::Interrupted);
+    assert!(error.message.contains("after step 3 of 12") && error.hint.unwrap().contains("continues"));
+}
+
+#[test]
+fn a_stopped_comparison_goes_on_to_the_same() {
+    let home = Home::tiny();
+    let options = resumed(home.0.path());
+    let wanted = deep(|| compare(&Options { out: None, ..resumed(home.0.path()) }, &Silent)).unwrap();
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let child = child.args(["child", "--exact"]).env(RESUMED, home.0.path()).output().unwrap();
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    assert!(!home.path("compared").exists() && home.path("compared.margay/run.json").is_file());
+
+    // Another comparison does not go on from there.
+    let more = Options { tokens: Some(4096), ..resumed(home.0.path()) };
+    let error = deep(|| compare(&more, &Silent)).unwrap_err();
+    assert!(error.message.contains("unfinished run with another recipe"), "{error}");
+
+    let watch = Watch::default();
+    let found = deep(|| compare(&options, &watch)).unwrap();
+    let steps = watch.events.into_inner().unwrap().into_iter().filter(|event| event.starts_with("transfer:"));
+    assert_eq!(steps.count(), 1 + 9 + 1, "begin, steps, end");
+    for (found, wanted) in found.variants.iter().zip(&wanted.variants) {
+        assert_eq!((json!(found.layers), found.perplexity), (json!(wanted.layers), wanted.perplexity));
+    }
+    let written: serde_json::Value =
+        serde_json::from_slice(&fs::read(home.path("compared/compare.json")).unwrap()).unwrap();
+    assert_eq!(written["variants"][1]["layers"], json!(found.variants[1].layers));
+    assert!(home.path("compared/compare.svg").is_file() && !home.path("compared.margay").exists());
+    assert!(deep(|| compare(&options, &Silent)).unwrap_err().message.contains("not empty"));
 }
 
 #[test]
 fn together_as_alone() {
     let home = Home::tiny();
-    let sets = sets(&home);
+    let sets = sets(home.0.path());
     let files = [("window", WINDOW), ("fixed", FIXED), ("gated", GATED), ("lora", LORA)];
     let together = run(&home, &files, &sets, &Silent).unwrap();
     assert_eq!(together.variants.iter().map(|v| v.name.as_str()).collect::<Vec<_>>(), files.map(|f| f.0));
@@ -142,7 +198,7 @@ impl Progress for Warnings {
 #[test]
 fn what_all_share_is_the_first_recipes() {
     let home = Home::tiny();
-    let source = sets(&home)[..1].to_vec();
+    let source = sets(home.0.path())[..1].to_vec();
     let stage = "stage.transfer = { tokens = 512, seq_len = 64, batch = 4, lr = 2e-3 }\n";
     let first = format!("extends = \"llama/lolcats\"\n{stage}");
     // Its first stage has another name.
@@ -166,7 +222,7 @@ fn what_all_share_is_the_first_recipes() {
 #[test]
 fn what_cannot_be_compared_is_refused() {
     let home = Home::tiny();
-    let sets = sets(&home);
+    let sets = sets(home.0.path());
     let refused = |files: &[(&str, &str)], kind: Kind, words: &[&str]| {
         let error = run(&home, files, &sets, &Silent).expect_err("it is refused");
         assert_eq!(error.kind, kind, "{error}");

@@ -418,30 +418,60 @@ fn official_lolcats_checkpoints_go_both_ways() {
 }
 
 #[test]
-fn liger_gets_its_own_names() {
+fn official_liger_folders_go_both_ways() {
     let dir = tempfile::tempdir().unwrap();
-    for (name, model_type) in [("liger-gla", "liger_gla"), ("liger-gsa", "liger_gsa"), ("liger-hgrn2", "liger_hgrn2")] {
-        let (export, liger) = (dir.path().join(name), dir.path().join(format!("{name}-official")));
-        let mixer = Recipe::load(&format!("llama/{name}"), &[]).unwrap().recipe.mixer;
-        let mut case = Case::new(&llama(), &mixer, &[]);
+    // As transformers 5 spells rotations, with scales that the default is not.
+    let rope = json!({ "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32 });
+    let newer = tiny_model::config(json!({ "head_dim": 12, "rope_parameters": rope, "dtype": "float32" }));
+    let newer = tiny_model::folder(&newer, &tiny_model::weights(&newer));
+    let qwen =
+        family(&parity::case(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/qwen2.json"))["config"]);
+    let (llama, mistral) = (llama(), mistral());
+    let cases: [(&Path, &str, &str, &[&str], usize); 7] = [
+        (&llama, "liger-gla", "liger_gla", &[], 32),
+        (&llama, "liger-gsa", "liger_gsa", &[], 32),
+        (&llama, "liger-gsa", "liger_gsa", &["mixer.slots=8"], 8),
+        (&llama, "liger-hgrn2", "liger_hgrn2", &[], 32),
+        (newer.path(), "liger-gla", "liger_gla", &[], 12),
+        (mistral.path(), "liger-gla", "liger_mistral_gla", &[], 12),
+        (qwen.path(), "liger-gla", "liger_qwen2_gla", &[], 8),
+    ];
+    for (number, (base, name, model_type, sets, pool)) in cases.into_iter().enumerate() {
+        let path = |what: &str| dir.path().join(format!("{number}-{what}"));
+        let (export, liger, back) = (path("export"), path("official"), path("back"));
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        let mixer = Recipe::load(&format!("llama/{name}"), &sets).unwrap().recipe.mixer;
+        let mut case = Case::new(base, &mixer, &[]);
         let merged = case.adapt(&export, false);
         case.write(&export, &merged);
         rewrite(&export, Format::Liger, &SHAPE, &liger);
         let config: Value = serde_json::from_slice(&std::fs::read(liger.join("config.json")).unwrap()).unwrap();
-        assert_eq!((&config["model_type"], &config["pool_size"]), (&json!(model_type), &json!(32)), "{name}");
-        assert!(config.get("linearization").is_none() && liger.join("tokenizer.json").is_file());
+        assert_eq!((&config["model_type"], &config["pool_size"]), (&json!(model_type), &json!(pool)));
+        assert!(config.get("linearization").is_none());
+        if base == newer.path() {
+            assert_eq!((&config["rope_theta"], &config["rope_scaling"]["factor"]), (&json!(500.0), &json!(4.0)));
+            assert_eq!((config.get("rope_parameters"), &config["torch_dtype"]), (None, &json!("float32")));
+        }
         // The base model's tensors and no other, merged.
-        let (official, ours) = (liger.join("model.safetensors"), export.join("model.safetensors"));
-        let [official, ours] = [official, ours].map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap());
-        assert_eq!(official.len(), ours.len());
-        let bytes = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert!(official.iter().all(|(name, tensor)| bytes(tensor) == bytes(&ours[name])));
+        assert_eq!(tensors(&liger), tensors(&export), "{model_type}");
+
+        // Read as what it is, and written as ours again.
+        let model = Model::open(liger.to_str().unwrap(), &Silent).unwrap();
+        let (decoder, net) = (model.decoder(&Device::Cpu, &Silent).unwrap(), model.net(&Device::Cpu).unwrap());
+        let expected = candle_core::safetensors::load(export.join(EXPECTED), &Device::Cpu).unwrap();
+        let logits = decoder.logits(&decoder.hidden(&expected["ids"], &net).unwrap()).unwrap();
+        assert_eq!(random::flat(&logits), random::flat(&expected["logits"]), "{model_type}");
+        rewrite(&liger, Format::Transformers, &SHAPE, &back);
+        let config: Value = serde_json::from_slice(&std::fs::read(back.join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["linearization"]["teacher"], "org/base", "{model_type}");
+        assert_eq!(tensors(&back), tensors(&export), "{model_type}");
     }
 
     // What Liger has no word for.
     let export = dir.path().join("learned");
     let mixer = Recipe::load("llama/liger-gla", &["mixer.window.learn=true".into()]).unwrap().recipe.mixer;
-    Case::new(&llama(), &mixer, &[]).write(&export, &[]);
+    Case::new(&llama, &mixer, &[]).write(&export, &[]);
     let model = Model::open(export.to_str().unwrap(), &Silent).unwrap();
     let error = formats::write(&model, Format::Liger, &SHAPE, &dir.path().join("no"), &Silent).unwrap_err();
     assert!(error.message.contains("window"), "{}", error.message);

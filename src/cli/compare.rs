@@ -7,14 +7,14 @@ use clap::Args;
 use margay::checkpoint::writer::write_atomic;
 use margay::convert::compare::{self, Comparison, Options, Variant};
 use margay::convert::plan::{Section, bytes, count, heads};
-use margay::error::{Error, Result};
+use margay::error::Result;
 use margay::plot::{self, number};
 use margay::progress::{Progress, duration};
 use margay::run_dir::refuse_taken;
 use serde_json::json;
 
 use super::output::Output;
-use super::{Changes, DeviceArg, stop_on_ctrl_c};
+use super::{Changes, DeviceArg, announce, stop_on_ctrl_c};
 
 #[derive(Args)]
 pub struct Compare {
@@ -34,6 +34,9 @@ pub struct Compare {
     /// Write compare.json and compare.svg into this folder, which must not exist yet
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Throw away the progress of an unfinished comparison
+    #[arg(long, requires = "out")]
+    restart: bool,
     /// Draw relative error and share of the linear branch by layer
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
@@ -46,18 +49,17 @@ impl Compare {
     pub fn run(&self, out: &'static Output) -> Result<()> {
         self.out.as_deref().map_or(Ok(()), refuse_taken)?;
         let recipes = self.recipes.iter().map(|name| self.changes.load(name)).collect::<Result<_>>()?;
-        let options = Options { model: self.model.clone(), recipes, tokens: self.tokens, device: self.device.open()? };
+        let device = self.device.open()?;
+        if let Some(dir) = self.out.as_deref().filter(|_| !self.restart) {
+            announce(dir, out);
+        }
+        let (model, dir) = (self.model.clone(), self.out.clone());
+        let options = Options { model, recipes, tokens: self.tokens, out: dir, restart: self.restart, device };
         stop_on_ctrl_c(out, "stopping…")?;
         let found = compare::compare(&options, out)?;
 
-        let sheet = plot::sheet(&found.figures());
-        if let Some(dir) = &self.out {
-            std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-            write_atomic(&dir.join("compare.svg"), sheet.as_bytes())?;
-            write_atomic(&dir.join("compare.json"), format!("{:#}\n", json!(found)).as_bytes())?;
-        }
         if let Some(path) = &self.plot {
-            write_atomic(path, sheet.as_bytes())?;
+            write_atomic(path, plot::sheet(&found.figures()).as_bytes())?;
         }
         match self.json {
             true => out.json(&json!(found))?,

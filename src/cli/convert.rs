@@ -11,7 +11,7 @@ use margay::progress::{Progress, duration};
 use margay::run_dir::refuse_taken;
 
 use super::output::Output;
-use super::{DeviceArg, RecipeArgs, quoted, stop_on_ctrl_c};
+use super::{DeviceArg, RecipeArgs, announce, quoted, stop_on_ctrl_c};
 
 #[derive(Args)]
 pub struct Convert {
@@ -52,8 +52,8 @@ impl Convert {
         out.details(&early.sections());
         brief(&early).iter().for_each(|line| out.say(line));
         let work = PathBuf::from(format!("{}.margay", self.out.display()));
-        if work.join("run.json").is_file() && !self.restart && until != Some(Until::Plan) {
-            out.say(&format!("continuing the unfinished run in `{}`", work.display()));
+        if !self.restart && until != Some(Until::Plan) {
+            announce(&self.out, out);
         }
         let wanted = early.disk.export + early.disk.run;
         let folder = self.out.ancestors().find(|p| p.is_dir()).unwrap_or(Path::new("."));
@@ -115,7 +115,13 @@ fn brief(plan: &Plan) -> Vec<String> {
         [] => String::new(),
         kept => format!("; softmax stays in {}", ranges(kept)),
     };
-    line("layers", format!("{} in {}{kept}", plan.recipe.mixer.design().name(), ranges(&plan.layers.converted)));
+    line(
+        "layers",
+        match plan.layers.converted.as_slice() {
+            [] => "none is converted: all stay softmax".into(),
+            converted => format!("{} in {}{kept}", plan.recipe.mixer.design().name(), ranges(converted)),
+        },
+    );
     if let Some(hybrid) = plan.hybrid() {
         line("", hybrid);
     }

@@ -13,7 +13,7 @@ use margay::convert::plan::bytes;
 use margay::error::{Error, Kind, Result};
 use margay::progress::Progress;
 use margay::recipe::Recipe;
-use margay::run_dir::refuse_taken;
+use margay::run_dir::{fill, refuse_taken};
 use safetensors::Dtype;
 
 use super::output::Output;
@@ -21,8 +21,8 @@ use super::quoted;
 
 #[derive(Args)]
 pub struct Export {
-    /// A folder that `margay convert` wrote, for gguf any model; with --base the official LoLCATs checkpoints
-    /// `_distill.pt` and `_ft.pt`
+    /// A folder that `margay convert` or the official Liger code wrote, for gguf any model; with --base the official LoLCATs
+    /// checkpoints `_distill.pt` and `_ft.pt`
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<PathBuf>,
     /// What to write
@@ -82,7 +82,8 @@ impl Export {
                     let message = format!("official checkpoints become `transformers` first, not `{}`", self.to);
                     return Err(Error::new(Kind::Usage, message).hint("export the folder that is written once more"));
                 }
-                lolcats::import(base, &Recipe::load(recipe, &self.set)?, sources, &shape, &self.out, out)?
+                let recipe = Recipe::load(recipe, &self.set)?;
+                fill(&self.out, |dir| lolcats::import(base, &recipe, sources, &shape, dir, out))?
             }
             (_, _, [source]) => {
                 if source.join("run.json").is_file() {
@@ -91,7 +92,7 @@ impl Export {
                         .hint("finish it first: `margay convert` with the same arguments and `--until export`"));
                 }
                 let model = Model::open(&source.to_string_lossy(), out)?;
-                formats::write(&model, format, &shape, &self.out, out)?
+                fill(&self.out, |dir| formats::write(&model, format, &shape, dir, out))?
             }
             _ => {
                 return Err(Error::new(Kind::Usage, "several sources are official checkpoints, which need `--base`")

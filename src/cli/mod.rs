@@ -14,6 +14,8 @@ mod recipe;
 mod report;
 mod verify;
 
+use std::path::Path;
+
 use candle_core::Device;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -23,6 +25,7 @@ use margay::error::{Error, Kind, Result};
 use margay::ops;
 use margay::progress::{self, Progress};
 use margay::recipe::Recipe;
+use margay::run_dir;
 
 use output::Output;
 
@@ -81,7 +84,7 @@ pub enum Command {
     #[command(after_help = "The same command continues a run that was stopped. Ctrl-C saves and stops.")]
     Convert(convert::Convert),
     /// Train the layer-wise first stage of several recipes over one teacher and compare them
-    #[command(after_help = "A comparison that is stopped leaves nothing and does not resume.")]
+    #[command(after_help = "With --out a comparison that is stopped goes on with the same command.")]
     Compare(compare::Compare),
     /// Show all that a conversion would do, without reading a weight
     Plan(plan::Plan),
@@ -304,6 +307,13 @@ fn stop_on_ctrl_c(out: &'static Output, line: &'static str) -> Result<()> {
         out.say(&format!("{line} (Ctrl-C again stops at once)"));
     };
     ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Unexpected, format!("cannot listen to Ctrl-C: {e}")))
+}
+
+/// Says that there is progress towards the folder `dir` that is taken up.
+fn announce(dir: &Path, out: &Output) {
+    if let Ok(Some((work, _))) = run_dir::look(dir) {
+        out.say(&format!("continuing the unfinished run in `{}`", work.display()));
+    }
 }
 
 /// A path or name as a shell takes it.

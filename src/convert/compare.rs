@@ -6,11 +6,12 @@
 
 pub mod frame;
 
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::load::Model;
 use super::plan::{self, Plan};
@@ -19,15 +20,17 @@ use super::texts::Texts;
 use super::trained::prepare;
 use super::transfer::{Meeting, Part, Student, Transfer};
 use super::{Training, base_name, require_text};
+use crate::checkpoint::writer::write_atomic;
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::evaluate::diagnose::linear_share;
 use crate::evaluate::{Subject, quality};
 use crate::model::Net;
 use crate::ops::loss::mse;
-use crate::plot::{Figure, Lines, Scale, Series};
+use crate::plot::{self, Figure, Lines, Scale, Series};
 use crate::progress::{Progress, stop_requested};
 use crate::recipe::{self, Loaded, Recipe};
+use crate::run_dir::{Fingerprint, RunDir, refuse_taken};
 use crate::train::clock::Spent;
 use crate::train::{Outcome, mean};
 
@@ -39,6 +42,10 @@ pub struct Options {
     pub recipes: Vec<Loaded>,
     /// Training tokens, instead of the first recipe's.
     pub tokens: Option<u64>,
+    /// The folder of `compare.json` and `compare.svg`; beside it lies the progress of a comparison that was stopped.
+    pub out: Option<PathBuf>,
+    /// Forget an unfinished comparison.
+    pub restart: bool,
     pub device: Device,
 }
 
@@ -64,7 +71,7 @@ pub struct Comparison {
     pub variants: Vec<Variant>,
     /// Time of the shared stage; students in the order of the variants that train.
     pub spent: Spent,
-    /// Everything, seconds.
+    /// Everything since the comparison was begun or went on, seconds.
     pub seconds: f64,
 }
 
@@ -111,13 +118,14 @@ pub struct Layer {
     pub linear_share: f64,
 }
 
-/// Compares recipes. A run that is stopped leaves nothing.
+/// Compares recipes. With [`Options::out`] the same call continues a comparison that was stopped, and comes to the same.
 ///
-/// Errors: recipes that [cannot be compared](frame::frame) or do not fit the model; too little text; training that
+/// Errors: the folder is taken; recipes that [cannot be compared](frame::frame) or do not fit the model; too little text; training that
 /// explodes, whichever variant's.
 pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison> {
     let started = Instant::now();
     let device = &options.device;
+    options.out.as_deref().map_or(Ok(()), refuse_taken)?;
     let model = Model::open(&options.model, progress)?;
     let (headers, a) = (model.checkpoint.headers(), model.architecture());
     let frame::Framed { stage, recipes, warnings } = frame::frame(&options.recipes, a, options.tokens)?;
@@ -144,6 +152,18 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
         plans.push(plan);
         nets.push(net);
     }
+    let fingerprint = || Fingerprint {
+        recipe: recipes.iter().map(|r| format!("# {}\n{}\n", r.name, r.loaded.recipe.to_toml())).collect(),
+        source: headers.digest(),
+        data: texts.digest(),
+        seed,
+        program: env!("CARGO_PKG_VERSION").into(),
+    };
+    let run = options.out.as_deref().map(|out| RunDir::open(out, &fingerprint(), options.restart)).transpose()?;
+    let stopped = || {
+        let hint = if run.is_some() { "the same command continues" } else { "the same command begins anew" };
+        Error::new(Kind::Interrupted, "stopped while the variants were measured").hint(hint)
+    };
     let decoder = model.decoder(device, progress)?;
     let teacher = Net::teacher(a);
     let named = recipes.iter().zip(&nets);
@@ -151,7 +171,10 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
     let valid = texts.valid(&stage, shared.seq_len)?;
     let micro_batch = plan::micro_batch(shared.batch, shared.micro_batch, shared.seq_len, device.into());
     let watched = Transfer::new(&decoder, &teacher, &students, micro_batch, seed);
-    let measure = |part: &Part, meeting: &Meeting| figures(&watched, &students[part.student].stage.loss, part, meeting);
+    let measure = |part: &Part, meeting: &Meeting| match stop_requested() {
+        true => Err(stopped()),
+        false => figures(&watched, &students[part.student].stage.loss, part, meeting),
+    };
     let before = watched.means(&valid, measure)?;
 
     let learning: Vec<usize> = (0..plans.len()).filter(|n| plans[*n].stage(&stage).is_some()).collect();
@@ -161,7 +184,7 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
         let groups: Vec<_> = students.iter().map(|s| s.stage).collect();
         let mut task = Transfer::new(&decoder, &teacher, &students, micro_batch, seed);
         let training = Training { planned: &planned, groups: &groups, seed, timed: true };
-        outcome = training.run(&mut task, &texts, None, progress)?;
+        outcome = training.run(&mut task, &texts, run.as_ref(), progress)?;
     }
 
     let after = watched.means(&valid, measure)?;
@@ -209,7 +232,7 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
             recipe: framed.loaded.recipe.clone(),
         });
     }
-    Ok(Comparison {
+    let found = Comparison {
         margay: env!("CARGO_PKG_VERSION"),
         model: headers.source.repo.clone().unwrap_or_else(|| base_name(&options.model)),
         device: device.into(),
@@ -222,14 +245,16 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
         variants,
         spent: outcome.spent,
         seconds: started.elapsed().as_secs_f64(),
-    })
+    };
+    if let Some(run) = run {
+        found.write(&run.fresh_export()?)?;
+        run.finish()?;
+    }
+    Ok(found)
 }
 
 /// Loss of a part by these weights, mean square of its error and of the teacher's output: [3].
 fn figures(walk: &Transfer, weights: &recipe::Loss, part: &Part, meeting: &Meeting) -> Result<Tensor> {
-    if stop_requested() {
-        return Err(stopped());
-    }
     let loss = walk.loss(part, meeting, None)?;
     let error = match weights.output_alone() {
         true => (&loss / weights.output_mse)?,
@@ -240,10 +265,6 @@ fn figures(walk: &Transfer, weights: &recipe::Loss, part: &Part, meeting: &Meeti
     };
     let size = meeting.target.to_dtype(DType::F32)?.sqr()?.mean_all()?;
     Ok(Tensor::stack(&[loss, error, size], 0)?)
-}
-
-fn stopped() -> Error {
-    Error::new(Kind::Interrupted, "stopped while the variants were measured").hint("the same command begins anew")
 }
 
 /// The stage of all variants that train: the steps of one, the memory of all. `None` where none trains.
@@ -266,6 +287,12 @@ impl Change {
 }
 
 impl Comparison {
+    /// Writes `compare.json` and `compare.svg`.
+    fn write(&self, dir: &Path) -> Result<()> {
+        write_atomic(&dir.join("compare.svg"), plot::sheet(&self.figures()).as_bytes())?;
+        write_atomic(&dir.join("compare.json"), format!("{:#}\n", json!(self)).as_bytes())
+    }
+
     /// Relative error and share of the linear branch by layer, a curve for each variant.
     pub fn figures(&self) -> Vec<Figure> {
         let curves = |title: &str, y: Scale, of: fn(&Layer) -> f64| {

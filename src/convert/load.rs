@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Var};
 use serde::{Deserialize, Serialize};
 
+use super::liger;
 use crate::checkpoint::config::Config;
 use crate::checkpoint::{Checkpoint, Headers};
 use crate::error::{Error, Kind, Result};
@@ -32,9 +33,9 @@ pub struct Linearization {
 impl Linearization {
     pub const FORMAT: u32 = 1;
 
-    /// The object of a converted model, `None` for an ordinary one.
+    /// What makes a converted model, ours or one of the official Liger code; `None` for an ordinary one.
     pub fn of(config: &Config) -> Result<Option<Self>> {
-        let Some(value) = config.get("linearization") else { return Ok(None) };
+        let Some(value) = config.get("linearization") else { return liger::read(config) };
         let found: Self = serde_json::from_value(value.clone()).map_err(|e| {
             Error::new(Kind::Config, format!("{}: `linearization` cannot be read: {e}", config.file()))
                 .hint("written by another version? `margay doctor` prints this one")
@@ -64,6 +65,30 @@ pub fn tensor_name(architecture: &Architecture, layer: usize, suffix: &str) -> S
     format!("{}.{layer}.{}.{suffix}", names.blocks, names.attention())
 }
 
+/// The file of an adapter folder that holds its mixers; the base model's weights are not there.
+pub const MIXERS: &str = "mixers.safetensors";
+
+/// More layers than this are no model but a damaged configuration.
+const MOST_LAYERS: usize = 10_000;
+
+/// What a `config.json` says: family and architecture, and the mixers of a converted model.
+pub fn understand(config: &Config) -> Result<(&'static Family, Architecture, Option<Linearization>)> {
+    let linearization = Linearization::of(config)?;
+    let (family, a) = match &linearization {
+        Some(l) => families::named(config, &l.base_architectures)?,
+        None => families::of(config)?,
+    };
+    if a.layers > MOST_LAYERS {
+        let message = format!("{}: {} layers; more than {MOST_LAYERS} are refused", config.file(), a.layers);
+        return Err(Error::new(Kind::Config, message).hint("the file is damaged, or describes no model"));
+    }
+    if let Some(layer) = linearization.iter().flat_map(|l| &l.layers).find(|layer| **layer >= a.layers) {
+        let message = format!("{}: `linearization.layers` names layer {layer}", config.file());
+        return Err(Error::new(Kind::Config, message).hint(format!("the model has {} layers", a.layers)));
+    }
+    Ok((family, a, linearization))
+}
+
 /// What is known of a model before its weights are read.
 pub struct Description {
     pub family: &'static Family,
@@ -76,18 +101,15 @@ pub struct Description {
 impl Description {
     /// Claims every tensor; one that is missing, misshapen or unknown is an error.
     pub fn of(headers: &Headers) -> Result<Self> {
-        let linearization = Linearization::of(&headers.config)?;
-        let (family, mut architecture) = match &linearization {
-            Some(l) => families::named(&headers.config, &l.base_architectures)?,
-            None => families::of(&headers.config)?,
-        };
+        let (family, mut architecture, linearization) = understand(&headers.config)?;
         architecture.names = family.names(headers);
         let added = linearization.as_ref().map(|l| l.tensors(&architecture)).unwrap_or_default();
-        if let Some(layer) = linearization.iter().flat_map(|l| &l.layers).find(|layer| **layer >= architecture.layers) {
-            let message = format!("{}: `linearization.layers` names layer {layer}", headers.config.file());
-            return Err(Error::new(Kind::Config, message).hint(format!("the model has {} layers", architecture.layers)));
-        }
-        let claims = families::claim(headers, family, &architecture, &added)?;
+        let claims = families::claim(headers, family, &architecture, &added).map_err(|e| {
+            match headers.files.iter().any(|file| file.name == MIXERS) {
+                true => e.hint("this is an adapter, what changed alone; give the export that it was written from"),
+                false => e,
+            }
+        })?;
         Ok(Description { family, architecture, claims, linearization })
     }
 }

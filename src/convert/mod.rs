@@ -5,6 +5,7 @@ pub mod card;
 pub mod compare;
 pub mod export;
 pub mod inspect;
+pub mod liger;
 pub mod load;
 pub mod merge;
 pub mod plan;

@@ -15,11 +15,11 @@ use serde::Serialize;
 pub use cost::{Memory, PlanDevice, Stage, micro_batch, stages, steps};
 pub use table::{Section, bytes, count, heads, ranges};
 
-use super::load::{Description, Linearization, tensor_name};
+use super::load::{Description, tensor_name, understand};
 use super::trained::{self, Reach};
 use crate::checkpoint::{Config, Headers, Place, Source, TensorInfo, byte_size};
 use crate::error::{Error, Kind, Result};
-use crate::families::{self, Architecture, Claim, Names, Projection, Role};
+use crate::families::{Architecture, Claim, Names, Projection, Role};
 use crate::mixers::{Design, softmax};
 use crate::recipe::{self, Loaded};
 
@@ -316,11 +316,7 @@ pub fn open(model: &str) -> Result<Headers> {
 /// The headers that a `config.json` describes, for a model without weights: every tensor of its architecture in its
 /// `torch_dtype`, no files.
 pub fn described(config: Config, source: Source) -> Result<Headers> {
-    let linearization = Linearization::of(&config)?;
-    let (_, a) = match &linearization {
-        Some(l) => families::named(&config, &l.base_architectures)?,
-        None => families::of(&config)?,
-    };
+    let (_, a, linearization) = understand(&config)?;
     let key = if config.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
     let dtype = match config.opt_str(key)? {
         None | Some("float32") => Dtype::F32,

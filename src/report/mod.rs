@@ -49,7 +49,7 @@ pub struct Measured {
 impl Folder {
     /// Opens an export, the work folder of a run, or the output folder that an unfinished run has yet to make.
     pub fn open(dir: &Path) -> Result<Folder> {
-        if let Some(manifest) = Manifest::read(dir)? {
+        if let Some(manifest) = Some(dir).filter(|dir| dir.is_dir()).map(Manifest::read).transpose()?.flatten() {
             let mut inspection = Inspection::of(&Headers::open(&dir.to_string_lossy())?)?;
             inspection.id = name(dir); // a page names no folder of the machine it was made on
             let path = dir.join("training.jsonl");

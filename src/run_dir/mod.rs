@@ -123,10 +123,7 @@ impl RunDir {
     /// Errors: `out` exists and is not empty; the unfinished run has another fingerprint (naming what differs); another
     /// process works on it; the place is not writable.
     pub fn open(out: &Path, fingerprint: &Fingerprint, restart: bool) -> Result<RunDir> {
-        let Some(name) = out.file_name() else {
-            let message = format!("`{}` cannot be made the output folder", out.display());
-            return Err(Error::new(Kind::Output, message).hint("name a folder that does not exist yet"));
-        };
+        let name = name_of(out)?;
         refuse_taken(out)?;
         let work = work_of(out, name);
         fs::create_dir_all(&work).map_err(|e| output("create", &work, e))?;
@@ -271,11 +268,7 @@ impl RunDir {
     pub fn finish(mut self) -> Result<()> {
         self.mark_done(FINISH, &Value::Null)?;
         let RunDir { out, work, _lock: lock, .. } = self;
-        refuse_taken(&out)?;
-        if out.is_dir() {
-            fs::remove_dir(&out).map_err(|e| output("replace", &out, e))?;
-        }
-        fs::rename(work.join("export"), &out).map_err(|e| output("rename the export to", &out, e))?;
+        put_in_place(&work.join("export"), &out)?;
         remove_work(&work, lock)
     }
 
@@ -318,8 +311,40 @@ fn work_of(out: &Path, name: &OsStr) -> PathBuf {
     out.with_file_name(format!("{}.margay", name.to_string_lossy()))
 }
 
-/// Refuses an output folder that has something in it.
+/// Fills the new folder `out`, which appears when it is complete: `fill` writes into one beside it.
+pub fn fill<T>(out: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let aside = out.with_file_name(format!(".{}.partial", name_of(out)?.to_string_lossy()));
+    remove(&aside)?; // what a kill left
+    let filled = fill(&aside).and_then(|done| put_in_place(&aside, out).map(|()| done));
+    if filled.is_err() {
+        let _ = remove(&aside);
+    }
+    filled
+}
+
+/// The last part of an output folder's path.
+fn name_of(out: &Path) -> Result<&OsStr> {
+    out.file_name().ok_or_else(|| {
+        Error::new(Kind::Output, format!("`{}` cannot be made the output folder", out.display()))
+            .hint("name a folder that does not exist yet")
+    })
+}
+
+/// Renames a finished folder to `out`, which may be an empty one.
+fn put_in_place(finished: &Path, out: &Path) -> Result<()> {
+    refuse_taken(out)?;
+    if out.is_dir() {
+        fs::remove_dir(out).map_err(|e| output("replace", out, e))?;
+    }
+    fs::rename(finished, out).map_err(|e| output("rename the export to", out, e))
+}
+
+/// Refuses an output folder that has something in it, and a link, which no folder can be renamed to.
 pub fn refuse_taken(out: &Path) -> Result<()> {
+    if out.is_symlink() {
+        let message = format!("output `{}` is a symbolic link", out.display());
+        return Err(Error::new(Kind::Output, message).hint("name the folder it leads to, or choose another --out"));
+    }
     let empty = match fs::read_dir(out) {
         Ok(mut entries) => entries.next().is_none(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => true,
@@ -596,6 +621,12 @@ mod tests {
         assert!(refused(&file, &fingerprint(), false).0.contains("not empty"));
         assert!(refused(&file.join("under"), &fingerprint(), false).0.contains("cannot"));
         assert!(refused(Path::new("/"), &fingerprint(), false).0.contains("cannot be made the output folder"));
+        #[cfg(unix)]
+        {
+            let link = home.path().join("link");
+            std::os::unix::fs::symlink(home.path().join("nowhere"), &link).unwrap();
+            assert!(refused(&link, &fingerprint(), false).0.ends_with("is a symbolic link"));
+        }
     }
 
     #[test]
@@ -648,6 +679,25 @@ mod tests {
         let left: Vec<_> = fs::read_dir(home.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["out"]);
         assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_is_filled_whole_or_not_at_all() {
+        let home = tempfile::tempdir().unwrap();
+        let (out, aside) = (home.path().join("out"), home.path().join(".out.partial"));
+        let write = |dir: &Path, end: Result<u8>| {
+            assert!(!dir.exists() && !out.exists());
+            fs::create_dir(dir).unwrap();
+            fs::write(dir.join("half"), "").unwrap();
+            end
+        };
+        let full = || Err(Error::new(Kind::Io, "full"));
+        assert_eq!(fill(&out, |dir| write(dir, full())).unwrap_err().message, "full");
+        assert!(!out.exists() && !aside.exists());
+        fs::create_dir_all(aside.join("killed")).unwrap();
+        assert_eq!(fill(&out, |dir| write(dir, Ok(7))).unwrap(), 7);
+        assert_eq!((fs::read_dir(&out).unwrap().count(), aside.exists()), (1, false));
+        assert!(fill(Path::new("/"), |_| Ok(())).is_err());
     }
 
     #[test]

@@ -171,23 +171,30 @@ pub fn run(
     let mut clock = Clock::new(Spent::default(), params_device(&params), settings.timed);
     forget_peak(params_device(&params));
     let saved = run_dir.map(|run| run.load_state(stage, progress)).transpose()?.flatten();
+    // Groups have parameters of the same names.
+    let key = |kind: &str, group: usize, param: &Param| match settings.groups.len() {
+        1 => format!("{kind}.{}", param.name),
+        _ => format!("{kind}.{group}.{}", param.name),
+    };
+    let group_of = |task: &dyn Task, slot: usize| task.group(task.part(slot));
     let (mut step, mut position) = match saved {
         Some(saved) => {
-            let read = |group: &str, param: &Param| {
-                let name = format!("{group}.{}", param.name);
+            let read = |kind: &str, group: usize, param: &Param| {
+                let name = key(kind, group, param);
                 let found = saved.tensors.get(&name).ok_or_else(|| {
                     Error::new(Kind::Output, format!("saved state of stage `{stage}` lacks `{name}`"))
                         .hint("start again with --restart")
                 })?;
                 Ok::<_, Error>(found.to_device(param.var.device())?)
             };
-            for (best, param) in best.iter_mut().zip(&params) {
-                param.var.set(&read("param", param)?)?;
-                *best = read("best", param)?;
+            for (slot, (best, param)) in best.iter_mut().zip(&params).enumerate() {
+                let group = group_of(task, slot);
+                param.var.set(&read("param", group, param)?)?;
+                *best = read("best", group, param)?;
             }
-            for group in &mut groups {
+            for (n, group) in groups.iter_mut().enumerate() {
                 for (i, param) in group.params.iter().enumerate() {
-                    group.optimizer.restore(i, &read("m", param)?, &read("v", param)?)?;
+                    group.optimizer.restore(i, &read("m", n, param)?, &read("v", n, param)?)?;
                 }
                 group.optimizer.steps = saved.step;
             }
@@ -296,15 +303,16 @@ pub fn run(
             && (stop || saved_at.elapsed() >= SAVE_EVERY || step == settings.steps)
         {
             let mut tensors = BTreeMap::new();
-            for (param, best) in params.iter().zip(&best) {
-                tensors.insert(format!("param.{}", param.name), param.var.as_tensor().clone());
-                tensors.insert(format!("best.{}", param.name), best.clone());
+            for (slot, (param, best)) in params.iter().zip(&best).enumerate() {
+                let group = group_of(task, slot);
+                tensors.insert(key("param", group, param), param.var.as_tensor().clone());
+                tensors.insert(key("best", group, param), best.clone());
             }
-            for group in &groups {
+            for (n, group) in groups.iter().enumerate() {
                 for (i, param) in group.params.iter().enumerate() {
                     let (m, v) = group.optimizer.moments(i);
-                    tensors.insert(format!("m.{}", param.name), m.clone());
-                    tensors.insert(format!("v.{}", param.name), v.clone());
+                    tensors.insert(key("m", n, param), m.clone());
+                    tensors.insert(key("v", n, param), v.clone());
                 }
             }
             let state = serde_json::to_value(&position).map_err(|e| Error::new(Kind::Unexpected, e.to_string()))?;

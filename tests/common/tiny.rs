@@ -241,7 +241,7 @@ impl Ended {
 pub fn serve() {
     let Ok(job) = std::env::var("MARGAY_TEST_JOB") else { return };
     let job: Job = serde_json::from_str(&job).unwrap();
-    let answer = match job.watched(&Watch { at: job.at.clone(), ..Watch::default() }) {
+    let answer = match job.watched(&Watch::at(job.at.clone())) {
         Ok(_) => "done".into(),
         Err(e) => format!("{:?}: {} ({})", e.kind, e.message, e.hint.unwrap_or_default()).replace('\n', " "),
     };
@@ -257,6 +257,11 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// Acts at an event, if at any.
+    pub fn at(at: Option<(String, Act)>) -> Self {
+        Watch { at, ..Watch::default() }
+    }
+
     fn event(&self, stage: Option<&str>) {
         let mut counts = self.counts.lock().unwrap();
         if let Some(stage) = stage {

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::{FileRow, Shape, create, describe, pretty, put, row};
 use crate::checkpoint::Config;
 use crate::checkpoint::writer::{Data, Entry, tensor_bytes, write_single};
-use crate::convert::load::{Linearization, Model};
+use crate::convert::load::{Linearization, MIXERS, Model};
 use crate::error::{Error, Kind, Result};
 use crate::families::{Architecture, Claim, Family, Layout, Names, Projection, Role};
 use crate::model::Decoder;
@@ -33,7 +33,6 @@ pub(super) const CONFIG: &str = "adapter_config.json";
 pub(super) const LORA: &str = "adapter_model.safetensors";
 /// Weights trained in full, in an export's folder.
 const CHANGED: &str = "changed.safetensors";
-const MIXERS: &str = "mixers.safetensors";
 /// Before every name of a PEFT file.
 pub(super) const PREFIX: &str = "base_model.model.";
 

@@ -3,7 +3,6 @@
 //! Kept tensors are copied byte for byte from the source under their own names, merged ones are rounded once to the
 //! source's precision, new ones stand beside them in f32. `config.json` says every number that shapes the model, and names
 //! the two Python files beside it, through which transformers loads the folder.
-
 //!
 //! [`formats`] writes the same for other programs.
 
