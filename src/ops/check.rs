@@ -77,6 +77,19 @@ pub fn check_gpu(
     op: impl Fn(&[Tensor]) -> Result<Tensor>,
     plain: impl Fn(&[Tensor]) -> Result<Tensor>,
 ) {
+    check_gpu_within(3e-3, what, inputs, wide, op, plain);
+}
+
+/// The same where rounding to bf16 may cost `rounding`.
+#[cfg(feature = "cuda")]
+pub fn check_gpu_within(
+    rounding: f64,
+    what: &str,
+    inputs: &[Tensor],
+    wide: bool,
+    op: impl Fn(&[Tensor]) -> Result<Tensor>,
+    plain: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
     let Ok(gpu) = super::gpu(0) else {
         eprintln!("skipped: no GPU for {what}");
         return;
@@ -108,7 +121,7 @@ pub fn check_gpu(
         for (i, (((wanted, plain), fast), again)) in oracle.iter().zip(&simple).zip(&fast).zip(&again).enumerate() {
             let name = if i == 0 { "output".into() } else { format!("gradient of input {}", i - 1) };
             let (allowed, found) = (relative(plain, wanted), relative(fast, wanted));
-            let floor = if *dtype == DType::BF16 { 3e-3 } else { 2e-6 };
+            let floor = if *dtype == DType::BF16 { rounding } else { 2e-6 };
             assert!(
                 found <= (2.0 * allowed).max(floor),
                 "{what}: {name} is off by {found:e}, the plain form by {allowed:e}"

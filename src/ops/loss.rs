@@ -200,7 +200,9 @@ mod tests {
             let target = input(kind, &[3, 50, width], 5);
             let of = |x: &Tensor| target.to_dtype(DType::BF16)?.to_dtype(x.dtype())?.to_device(x.device());
             let x = [input(kind, &[3, 50, width], 1)];
-            super::super::check::check_gpu(
+            // The gradient is rounded, and once more when it is multiplied by that of the loss.
+            super::super::check::check_gpu_within(
+                6e-3,
                 &format!("{kind}, {width}"),
                 &x,
                 true,

@@ -559,7 +559,11 @@ mod tests {
                 let x = [input(kind, &[2, time, heads + 2 * kv_heads, dim], 1)];
                 let what = format!("{kind}, {time}, {window:?}, {heads} over {kv_heads} x {dim}, {softcap:?}");
                 let plain = |x: &[Tensor]| joined(op.parallel_with_mass(&x[0]));
-                super::super::check::check_gpu(&what, &x, false, |x| joined(op.forward_with_mass(&x[0])), plain);
+                // Where one key holds a row, the gradients of its mass through the sum and through the largest score
+                // cancel, and dq and dk are rounded to bf16 between the two.
+                let rounding = if kind == "large" { 1.2e-2 } else { 3e-3 };
+                let ours = |x: &[Tensor]| joined(op.forward_with_mass(&x[0]));
+                super::super::check::check_gpu_within(rounding, &what, &x, false, ours, plain);
             }
         }
     }

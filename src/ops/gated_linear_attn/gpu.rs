@@ -545,7 +545,8 @@ mod tests {
                 };
                 let what = format!("per channel: {gates}, {dim}, {time}, gates {gate_kind}");
                 let ours = |x: &[Tensor]| joined(op.counted(&x[0], &x[1], &x[2], &x[3]));
-                super::super::super::check::check_gpu(&what, &x, false, ours, plain);
+                // The plain form keeps the gates' gradient in f32 up to its end; here two passes round it apart.
+                super::super::super::check::check_gpu_within(5e-3, &what, &x, false, ours, plain);
             }
         }
     }
