@@ -182,8 +182,7 @@ struct Gla {
 impl Linear for Gla {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let qkv = if self.config.rotary { x.rotated()? } else { &x.qkv };
-        let features = self.maps.features(qkv)?;
-        let (q, k) = (features.narrow(2, 0, x.heads)?, features.narrow(2, x.heads, x.heads)?);
+        let (q, k) = self.maps.apart(qkv)?;
         let gates = self.decays.log(x)?;
         match self.config.normalise {
             Normalise::Sum => pass.normalised("s", [&q, &k, v], &gates, MIN_DENOMINATOR),

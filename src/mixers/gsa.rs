@@ -154,8 +154,7 @@ struct Gsa {
 
 impl Linear for Gsa {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let features = self.maps.features(&x.qkv)?;
-        let (q, k) = (features.narrow(2, 0, x.heads)?, features.narrow(2, x.heads, x.heads)?);
+        let (q, k) = self.maps.apart(&x.qkv)?;
         let gates = self.decays.log(x)?; // [B, T, H, M]
         let written = (1.0 - gates.exp()?)?.to_dtype(v.dtype())?;
         let first = GatedLinearAttn { scale: self.scale, gated: Channels::Values };

@@ -21,6 +21,7 @@ use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
+use crate::ops::mix::mix;
 use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef = MixerDef {
@@ -187,7 +188,6 @@ impl LizardPaper {
             &plain
         };
         let window = pass.window(x, self.size, v)?;
-        let mut num = wide_of(&window.y)?;
         let top = wide_of(&window.top)?.unsqueeze(3)?; // [B, T, H, 1]
         let mass = wide_of(&window.mass)?.unsqueeze(3)?;
         let mut den = mass.clone();
@@ -196,19 +196,23 @@ impl LizardPaper {
             let sinks = cast(sinks, &top)?.reshape((1, 1, 1, ()))?;
             den = (den + sinks.broadcast_sub(&top)?.minimum(80.0)?.exp()?.sum_keepdim(D::Minus1)?)?;
         }
-        num = num.broadcast_mul(&mass)?;
+        let mut recalled = None;
         if let Some((keys, values)) = &self.meta {
             let (weights, values) = self.recall(x, &top, keys, values)?;
             den = (den + weights.sum_keepdim(D::Minus1)?)?;
             // Meta values are no part of what the layer does to `v`.
             if !matches!(pass, Pass::Weights(_)) {
-                num = (num + read(&weights, &values)?)?;
+                recalled = Some(read(&weights, &values)?.to_dtype(v.dtype())?);
             }
         }
-        let z = num.broadcast_div(&den)?.to_dtype(v.dtype())?;
-        match &self.alpha {
-            Some(alpha) => z.broadcast_mul(&cast(alpha, &z)?.reshape((1, 1, (), 1))?),
-            None => Ok(z),
+        let mut share = den.recip()?;
+        if let Some(alpha) = &self.alpha {
+            share = share.broadcast_mul(&cast(alpha, &share)?.reshape((1, 1, (), 1))?)?;
+        }
+        let own = (&share * mass)?.transpose(2, 3)?; // [B, T, 1, H]
+        match recalled {
+            Some(recalled) => mix(&[&window.y, &recalled], &Tensor::cat(&[own, share.transpose(2, 3)?], 2)?),
+            None => mix(&[&window.y], &own),
         }
     }
 
@@ -235,8 +239,7 @@ fn read(weights: &Tensor, values: &Tensor) -> Result<Tensor> {
 
 impl Linear for LizardPaper {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let features = self.maps.features(&x.qkv)?;
-        let (q, k) = (features.narrow(2, 0, x.heads)?, features.narrow(2, x.heads, x.heads)?);
+        let (q, k) = self.maps.apart(&x.qkv)?;
         let gated = pass.normalised("s", [&q, &k, v], &self.decays.log(x)?, MIN_DENOMINATOR)?;
         let anchor = self.anchor(x, v, pass)?;
         pass.of_window(|| Ok(anchor.clone()))?;

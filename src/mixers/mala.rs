@@ -112,9 +112,8 @@ impl Linear for Mala {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let (b, t, h, _) = v.dims4()?;
         let seen = pass.seen();
-        let features = self.maps.features(if self.rotary { x.rotated()? } else { &x.qkv })?;
-        let (q, k) = (features.narrow(2, 0, h)?, features.narrow(2, h, h)?);
-        let scale = (features.dim(3)? as f64).powf(-0.5);
+        let (q, k) = self.maps.apart(if self.rotary { x.rotated()? } else { &x.qkv })?;
+        let scale = (q.dim(3)? as f64).powf(-0.5);
         let still = Tensor::zeros((b, t, h), crate::ops::wide(v.dtype()), v.device())?;
         let (sum, count) = pass.counted("s", [&q, &k, v], &still)?;
         let ones = Tensor::ones((b, t, h, 1), v.dtype(), v.device())?;

@@ -20,8 +20,7 @@ pub fn mix(parts: &[&Tensor], weights: &Tensor) -> Result<Tensor> {
         return plain(parts, weights);
     }
     let weights = weights.to_dtype(candle_core::DType::F32)?.contiguous()?;
-    // One part stands in both places; only the first is read.
-    let (a, b) = (first.contiguous()?, parts[parts.len() - 1].contiguous()?);
+    let (a, b) = both(parts)?;
     let grads = [a.track_op(), parts.len() > 1 && b.track_op(), weights.track_op()];
     a.apply_op3(&b, &weights, Op { shape, grads })
 }
@@ -36,6 +35,13 @@ pub fn plain(parts: &[&Tensor], weights: &Tensor) -> Result<Tensor> {
         sum = Some(sum.map_or(Ok(part.clone()), |sum| sum + part)?);
     }
     sum.map_or_else(|| bail!("a mixture of nothing"), |sum| sum.to_dtype(parts[0].dtype()))
+}
+
+/// Both parts, contiguous; a single one stands in both places, and only the first is read.
+fn both(parts: &[&Tensor]) -> Result<(Tensor, Tensor)> {
+    let first = parts[0].contiguous()?;
+    let second = parts.get(1).map_or_else(|| Ok(first.clone()), |second| second.contiguous())?;
+    Ok((first, second))
 }
 
 /// Sizes of one call.
@@ -212,7 +218,7 @@ fn on_gpu(shape: Sizes, parts: &[&Tensor], weights: &Tensor) -> Result<Tensor> {
         ) -> c_int;
     }
     let weights = weights.to_dtype(candle_core::DType::F32)?.contiguous()?;
-    let (a, b) = (parts[0].contiguous()?, parts[parts.len() - 1].contiguous()?);
+    let (a, b) = both(parts)?;
     let two = parts.len() > 1;
     let grads = [a.track_op(), two && b.track_op(), weights.track_op()];
     let (rows, heads, dim) = (shape.rows as c_int, shape.heads as c_int, shape.dim as c_int);
@@ -280,6 +286,13 @@ mod tests {
                 mix(&parts, weights)
             })
         });
+    }
+
+    /// Heads cut from more of them.
+    #[test]
+    fn parts_may_have_gaps() {
+        let x = [input("randn", &[2, 9, 5, 4], 1), input("randn", &[1, 3], 2)];
+        check("gaps", &x, 2e-6, |x| mix(&[&x[0].narrow(2, 1, 3)?], &x[1]));
     }
 
     #[cfg(feature = "cuda")]

@@ -235,6 +235,12 @@ impl Maps {
         self.apply(packed, 0, &self.sources)
     }
 
+    /// The same apart, φq and φk [B, T, H, F]: their gradients then meet in nothing that is as large as both.
+    pub fn apart(&self, packed: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (of_queries, of_keys) = self.sources.split_at(self.heads);
+        Ok((self.apply(packed, 0, of_queries)?, self.apply(packed, self.heads, of_keys)?))
+    }
+
     /// φq [B, T, H, F] of heads [B, T, H or more, D] whose first are queries.
     pub fn queries(&self, packed: &Tensor) -> Result<Tensor> {
         self.apply(packed, 0, &self.sources[..self.heads])
