@@ -11,9 +11,8 @@ use super::cpu;
 /// The sum of `parts`, in their precision.
 pub fn mix(parts: &[&Tensor], weights: &Tensor) -> Result<Tensor> {
     let shape = Sizes::of(parts, weights)?;
-    let first = parts[0];
     #[cfg(feature = "cuda")]
-    if super::cuda::ready(first) && parts.iter().all(|x| x.dtype() == first.dtype()) {
+    if super::cuda::ready(parts[0]) && parts.iter().all(|x| x.dtype() == parts[0].dtype()) {
         return on_gpu(shape, parts, weights);
     }
     if !parts.iter().all(|x| super::fast(x)) {

@@ -541,12 +541,15 @@ mod tests {
         }
     }
 
-    /// The same on a GPU, gradients of all three results included.
+    /// The same on a GPU, gradients of all three results included. Where scores are so large that one key holds a row, the
+    /// gradient of its mass is the difference of two parts, each rounded to bf16, and nothing but rounding: there the mass
+    /// gets none.
     #[cfg(feature = "cuda")]
     #[test]
     fn mass_kernels_equal_plain() {
-        let joined = |parts: Result<(Tensor, Tensor, Tensor)>| {
+        let joined = |parts: Result<(Tensor, Tensor, Tensor)>, large: bool| {
             let (y, top, mass) = parts?;
+            let mass = if large { mass.detach() } else { mass };
             Tensor::cat(&[y.to_dtype(top.dtype())?, top.unsqueeze(3)?, mass.log()?.unsqueeze(3)?], 3)
         };
         for (kind, time, window) in ["randn", "large"]
@@ -558,12 +561,11 @@ mod tests {
                 let op = SoftmaxAttn { heads, kv_heads, window, softcap };
                 let x = [input(kind, &[2, time, heads + 2 * kv_heads, dim], 1)];
                 let what = format!("{kind}, {time}, {window:?}, {heads} over {kv_heads} x {dim}, {softcap:?}");
-                let plain = |x: &[Tensor]| joined(op.parallel_with_mass(&x[0]));
-                // Where one key holds a row, the gradients of its mass through the sum and through the largest score
-                // cancel, and dq and dk are rounded to bf16 between the two.
-                let rounding = if kind == "large" { 1.2e-2 } else { 3e-3 };
-                let ours = |x: &[Tensor]| joined(op.forward_with_mass(&x[0]));
-                super::super::check::check_gpu_within(rounding, &what, &x, false, ours, plain);
+                let large = kind == "large";
+                let plain = |x: &[Tensor]| joined(op.parallel_with_mass(&x[0]), large);
+                let ours = |x: &[Tensor]| joined(op.forward_with_mass(&x[0]), large);
+                // dq and dk are rounded once more where the largest score's share is added.
+                super::super::check::check_gpu_within(if large { 6e-3 } else { 3e-3 }, &what, &x, false, ours, plain);
             }
         }
     }
