@@ -1,5 +1,5 @@
 //! RMSNorm of queries and keys, each head over its own channels: `x` [B, T, H + 2 Hkv, D] packs queries, keys and values,
-//! and values stay as they are. Weights [D] are frozen.
+//! and values stay as they are. Weights `[D]` are frozen.
 
 use candle_core::{Result, Tensor};
 
