@@ -81,8 +81,43 @@ __device__ __forceinline__ void tile_store(const CUtensorMap* map, const void* t
     asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }
 
+// `bytes` (a multiple of 16) of shared memory to an address that is a multiple of 16 too: written there, or added to the floats there.
+__device__ __forceinline__ void bulk_store(void* to_global, const void* from_shared, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(to_global), "r"(shared_address(from_shared)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+__device__ __forceinline__ void bulk_add(float* to_global, const void* from_shared, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(to_global), "r"(shared_address(from_shared)),
+                 "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+
 // Until the shared memory of all stores may be written again.
 __device__ __forceinline__ void tile_store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
+
+// Until all stores of this thread are done.
+__device__ __forceinline__ void bulk_store_done() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
+
+// A count in global memory by which blocks tell each other what of their bulk stores is done; the copy engine's accesses are ordered
+// with it on both sides. `count_wait` returns once it is `least` or more.
+__device__ __forceinline__ void count_set(int* count, int value) {
+    asm volatile("fence.proxy.async;\nst.release.gpu.global.s32 [%0], %1;\n" ::"l"(count), "r"(value) : "memory");
+}
+__device__ __forceinline__ void count_wait(const int* count, int least) {
+    int seen;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(count) : "memory");
+    while (seen < least);
+    asm volatile("fence.proxy.async;\n" ::: "memory");
+}
+
+// Four 8 x 8 bf16 tiles of registers; lane l gives the address of row l % 8 of tile l / 8.
+__device__ __forceinline__ void store_tiles(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+                 "r"(r[3])
+                 : "memory");
+}
 
 // Orders this thread's ordinary writes to shared memory before what the copy engine and wgmma read next.
 __device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
@@ -107,6 +142,11 @@ __device__ __forceinline__ uint64_t operand_n(uint32_t address, int panel) {
     return uint64_t((address & 0x3ffff) >> 4) | uint64_t(panel >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
+// The same operand `bytes` further on. One addition: built anew for every product, operands take longer than small products do.
+__device__ __forceinline__ uint64_t operand_at(uint64_t operand, int bytes) {
+    return (operand & 0xffffffff00000000) | (uint32_t(operand) + uint32_t(bytes >> 4));
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory"); }
@@ -129,7 +169,7 @@ template <int N> __device__ __forceinline__ void hold(float (&x)[N][4]) {
     MARGAY_D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61," \
                "%62,%63"
 
-// c (64 x 8 N8, of a warpgroup) = a b + c, or a b where `add` is 0; 16 of the inner dimension. B_ROWS: b is [K][N].
+// c (64 x 8 N8, of a warpgroup) = a b + c, or a b where `add` is 0; 16 of the inner dimension. B_ROWS: b is [K][N]. In ss_t, a is [K][M].
 template <int N8, bool B_ROWS> struct Wgmma;
 
 #define MARGAY_WGMMA(N8, SHAPE, TRANS, REGS, D, A0, A1, A2, A3, A4, A5)                                                            \
@@ -137,6 +177,12 @@ template <int N8, bool B_ROWS> struct Wgmma;
         __device__ __forceinline__ static void ss(float (&c)[N8][4], uint64_t a, uint64_t b, int add) {                           \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" A2 ", 0;\n"                                                          \
                          "wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" D "}, %" A0 ", %" A1 ", p, 1, 1, 0, " #TRANS ";\n}\n" \
+                         : REGS                                                                                                   \
+                         : "l"(a), "l"(b), "r"(add));                                                                             \
+        }                                                                                                                         \
+        __device__ __forceinline__ static void ss_t(float (&c)[N8][4], uint64_t a, uint64_t b, int add) {                           \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" A2 ", 0;\n"                                                          \
+                         "wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" D "}, %" A0 ", %" A1 ", p, 1, 1, 1, " #TRANS ";\n}\n" \
                          : REGS                                                                                                   \
                          : "l"(a), "l"(b), "r"(add));                                                                             \
         }                                                                                                                         \

@@ -18,6 +18,9 @@
 // summed over the query heads of a group in a register, in order). Scores are computed twice, but no sum crosses
 // blocks, so results are the same every time, without f32 scratch for dq, and no score passes through shared memory:
 // the second kernel computes transposed scores, whose registers are already the operand of the next product.
+// On Hopper, up to a width of 128, products are wgmma and backward is one kernel, which sums dq in f32 scratch in a fixed order.
+#include <algorithm>
+
 #include "hopper.cuh"
 
 using namespace margay;
@@ -260,13 +263,17 @@ __global__ void __launch_bounds__(128, 2)
     }
 }
 
-// A product's probability, and that times the slope of the soft-cap there. lse2 is lse in units of log 2.
+// With a soft-cap, a product's probability and that times the cap's slope there. lse2 is lse in units of log 2; a product of
+// -infinity is one that nobody sees.
+__device__ __forceinline__ float2 capped(const Problem& p, float product, float lse2) {
+    const float bent = tanh_fast(product * (p.scale / p.cap));
+    const float prob = product == -INFINITY ? 0.0f : exp2_fast(p.cap * LOG2E * bent - lse2);
+    return make_float2(prob, prob * (1.0f - bent * bent));
+}
+
+// The same with or without one.
 __device__ __forceinline__ float2 probability(const Problem& p, float product, float lse2, bool visible) {
-    if (p.cap > 0.0f) {
-        const float bent = tanh_fast(product * (p.scale / p.cap));
-        const float prob = visible ? exp2_fast(p.cap * LOG2E * bent - lse2) : 0.0f;
-        return make_float2(prob, prob * (1.0f - bent * bent));
-    }
+    if (p.cap > 0.0f) return capped(p, visible ? product : -INFINITY, lse2);
     const float prob = visible ? exp2_fast(fmaf(product, p.scale * LOG2E, -lse2)) : 0.0f;
     return make_float2(prob, prob);
 }
@@ -575,15 +582,15 @@ __global__ void __launch_bounds__(384, 1) forward_hopper_kernel(Problem p, int b
     registers_more<232>();
     const int w = group - 1, thread = threadIdx.x % 128, warp = thread / WARP, lane = thread % WARP, g = lane / 4, t = lane % 4;
     if (w == 1) named_arrive(TURNS, 256);
-    const uint32_t q_at = shared_address(sh.q[w][0]);
+    const uint64_t queries = operand_k(shared_address(sh.q[w][0]));
     const float scale2 = p.cap > 0.0f ? 1.0f : p.scale * LOG2E;
     int tile = 0, rows = 0;
 
     const auto scores = [&](float (&s)[N / 8][4], int stage) {
-        const uint32_t k_at = shared_address(sh.k[stage][0]);
+        const uint64_t keys = operand_k(shared_address(sh.k[stage][0]));
 #pragma unroll
         for (int k = 0; k < D; k += 16)
-            Wgmma<N / 8, false>::ss(s, operand_k(q_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(k_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+            Wgmma<N / 8, false>::ss(s, operand_at(queries, k / 64 * 64 * 128 + k % 64 * 2), operand_at(keys, k / 64 * N * 128 + k % 64 * 2), k > 0);
     };
 
     for (int n = 0;; n++) {
@@ -635,9 +642,9 @@ __global__ void __launch_bounds__(384, 1) forward_hopper_kernel(Problem p, int b
             }
         };
         const auto add_values = [&](int stage, bool add) {
-            const uint32_t v_at = shared_address(sh.v[stage][0]);
+            const uint64_t values = operand_n(shared_address(sh.v[stage][0]), N * 128);
 #pragma unroll
-            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(o, probs[k / 16], operand_n(v_at + k * 128, N * 128), k > 0 || add);
+            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(o, probs[k / 16], operand_at(values, k * 128), k > 0 || add);
         };
 
         barrier_wait(&sh.q_full, rows % 2);
@@ -707,174 +714,90 @@ __global__ void __launch_bounds__(384, 1) forward_hopper_kernel(Problem p, int b
 #endif
 }
 
-// The backward pass on Hopper, in the same two parts and with the same warpgroup roles. Both issue the scores of the next tile
-// right behind the last sums of this one and wait for no more than they read.
-template <int D, int N> struct BackwardQShared {
-    static constexpr int PANELS = D / 64;
-    bf16 q[2][PANELS][64 * 64], dy[2][PANELS][64 * 64];
-    bf16 k[STAGES][PANELS][N * 64], v[STAGES][PANELS][N * 64];
-    float2 stat[128];
-    uint64_t rows_full, rows_empty, full[STAGES], empty[STAGES];
-};
-
-template <int D, int N>
-__global__ void __launch_bounds__(384, 1)
-    backward_q_hopper_kernel(Problem p, int batches, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dy_map,
-                             const __grid_constant__ CUtensorMap dqkv, const bf16* y, const bf16* dy, const float* lse, const float* dlse,
-                             float2* stats) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Shared = BackwardQShared<D, N>;
-    constexpr int PANELS = D / 64;
-    extern __shared__ __align__(1024) uint8_t memory[];
-    Shared& sh = *reinterpret_cast<Shared*>(memory);
-    const int group = warpgroup();
-    if (threadIdx.x == 0) {
-        barrier_init(&sh.rows_full, 1);
-        barrier_init(&sh.rows_empty, 2);
-        for (int i = 0; i < STAGES; i++) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 8);
-        async_fence();
-    }
-    __syncthreads();
-
-    if (group == 0) {
-        registers_less<40>();
-        if (threadIdx.x == 0) {
-            int tile = 0, rows = 0;
-            for (int n = 0;; n++) {
-                const Turn turn(p, p.heads, batches, n);
-                if (turn.done) break;
-                if (turn.skip) continue;
-                const int kv = p.heads + turn.head / (p.heads / p.kv_heads);
-                const int first = max(0, turn.row0 - p.window + 1) / N, last = (min(turn.row0 + 128, p.time) - 1) / N;
-                for (int i = last; i >= first; i--, tile++) {
-                    const int stage = tile % STAGES;
-                    barrier_wait(&sh.empty[stage], tile / STAGES % 2 ^ 1);
-                    barrier_expect(&sh.full[stage], 2 * N * D * 2);
-                    for (int c = 0; c < PANELS; c++)
-                        for (int r = 0; r < N; r += 64) {
-                            tile_load(&qkv, &sh.full[stage], sh.k[stage][c] + r * 64, c * 64, kv, i * N + r, turn.batch);
-                            tile_load(&qkv, &sh.full[stage], sh.v[stage][c] + r * 64, c * 64, kv + p.kv_heads, i * N + r, turn.batch);
-                        }
-                    if (i == last) {
-                        barrier_wait(&sh.rows_empty, rows % 2 ^ 1);
-                        barrier_expect(&sh.rows_full, 2 * 128 * D * 2);
-                        for (int w = 0; w < 2; w++)
-                            for (int c = 0; c < PANELS; c++) {
-                                tile_load(&qkv, &sh.rows_full, sh.q[w][c], c * 64, turn.head, turn.row0 + w * 64, turn.batch);
-                                tile_load(&dy_map, &sh.rows_full, sh.dy[w][c], c * 64, turn.head, turn.row0 + w * 64, turn.batch);
-                            }
-                        rows++;
-                    }
-                }
-            }
-        }
-        return;
-    }
-
-    registers_more<232>();
-    const int w = group - 1, thread = threadIdx.x % 128, warp = thread / WARP, lane = thread % WARP, g = lane / 4, t = lane % 4;
-    const uint32_t q_at = shared_address(sh.q[w][0]), dy_at = shared_address(sh.dy[w][0]);
-    int tile = 0, rows = 0;
-
-    for (int n = 0;; n++) {
-        const Turn turn(p, p.heads, batches, n);
-        if (turn.done) break;
-        if (turn.skip) continue;
-        const int first = max(0, turn.row0 - p.window + 1) / N, last = (min(turn.row0 + 128, p.time) - 1) / N;
-        const int low = turn.row0 + w * 64, row = low + warp * 16 + g;  // and row + 8
-
-        row_sums<D>(p, turn.head, turn.batch, low + warp * 16, y, dy, lse, dlse, sh.stat + w * 64 + warp * 16, stats);
-        const float2 stat[2] = {sh.stat[w * 64 + warp * 16 + g], sh.stat[w * 64 + warp * 16 + g + 8]};
-
-        float dq[D / 8][4] = {}, s[N / 8][4], dp[N / 8][4];
-        uint32_t ds[N / 16][4];
-        const auto issue_scores = [&](int stage) {
-            const uint32_t k_at = shared_address(sh.k[stage][0]);
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < D; k += 16)
-                Wgmma<N / 8, false>::ss(s, operand_k(q_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(k_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
-            wgmma_commit();
-        };
-        const auto issue_dp = [&](int stage) {
-            const uint32_t v_at = shared_address(sh.v[stage][0]);
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < D; k += 16)
-                Wgmma<N / 8, false>::ss(dp, operand_k(dy_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(v_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
-            wgmma_commit();
-        };
-        barrier_wait(&sh.rows_full, rows % 2);
-        for (int i = last; i >= first; i--, tile++) {
-            const int stage = tile % STAGES;
-            barrier_wait(&sh.full[stage], tile / STAGES % 2);
-            issue_scores(stage);
-            wgmma_wait<1>();
-            if (lane == 0 && i < last) barrier_arrive(&sh.empty[(tile - 1) % STAGES]);
-            issue_dp(stage);
-            const bool edge = i * N + N - 1 > low || i * N <= low + 63 - p.window;
-            wgmma_wait<1>();
-            hold(s);
-#pragma unroll
-            for (int j = 0; j < N / 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const bool visible = !edge || p.sees(row + e / 2 * 8, i * N + 8 * j + 2 * t + e % 2);
-                    s[j][e] = probability(p, s[j][e], stat[e / 2].x, visible).y;
-                }
-            wgmma_wait<0>();
-            hold(dp);
-#pragma unroll
-            for (int j = 0; j < N / 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[j][e] *= dp[j][e] - stat[e / 2].y;
-            to_operand<N>(ds, s);
-            wgmma_fence();
-            const uint32_t k_at = shared_address(sh.k[stage][0]);
-#pragma unroll
-            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dq, ds[k / 16], operand_n(k_at + k * 128, N * 128), 1);
-            wgmma_commit();
-        }
-        wgmma_wait<0>();
-        hold(dq);
-        if (lane == 0) barrier_arrive(&sh.empty[(tile - 1) % STAGES]);
-        store_tile<D>(sh.q[w][0], dq, p.scale, p.scale);
-        async_fence();
-        named_sync(1 + w, 128);
-        if (thread == 0) {
-            for (int c = 0; c < PANELS; c++) tile_store(&dqkv, sh.q[w][c], c * 64, turn.head, low, turn.batch);
-            tile_store_wait();
-            barrier_arrive(&sh.rows_empty);
-        }
-        rows++;
-    }
-#else
-    __trap();
-#endif
-}
-
-template <int D, int N> struct BackwardKvShared {
-    static constexpr int PANELS = D / 64;
+// The backward pass on Hopper as one kernel, after one that leaves (lse, δ) of every row. A block takes 128 keys and walks the tiles
+// of rows that see them, the last rows first: five products a tile, dk and dv in registers. dS passes through shared memory once, for
+// dq, of which each owning warpgroup computes half, 64 x 64 floats. What blocks have of a tile's dq is summed in global memory in
+// a fixed order: the earliest keys that its rows see write, later ones add in turn, those on the diagonal read the sum and write bf16.
+// A count per half says whose turn it is. Blocks take keys by ticket, the earliest of a head first: so a block waits for none but
+// blocks that began before it, which walk the same tiles ahead of it, and those with most to do begin first.
+// The other warpgroup has one thread that loads and two that carry results away, one for each owning warpgroup.
+template <int D> struct BackwardShared {
+    static constexpr int PANELS = D / 64, N = 8192 / D;  // rows of a tile: its dq has two halves of 64 x 64
     bf16 k[2][PANELS][64 * 64], v[2][PANELS][64 * 64];
     bf16 q[STAGES][PANELS][N * 64], dy[STAGES][PANELS][N * 64];
+    bf16 ds[2][N / 64][128 * 64];  // [keys][rows]
+    float out[2][2][64 * 64];  // in turns, of each owning warpgroup: half of dq, or its dk or dv in bf16
     float2 stat[STAGES][N];
-    uint64_t keys_full, keys_empty, full[STAGES], empty[STAGES];
+    int ticket[2];
+    uint64_t ticket_full[2], ticket_empty[2], keys_full, keys_empty, full[STAGES], empty[STAGES], room[2][2], filled[2][2];
 };
 
-template <int D, int N>
+// Sums of dq [B, H, tiles, 2 warpgroups, 64 x 64], as the threads hold them; of how many key blocks each has [B, H, tiles, 2]; the next
+// ticket.
+struct Partials {
+    float* sums;
+    int* counts;
+    int* ticket;
+};
+
+// The work of a ticket: a key block of one key head, and the tiles of N rows that see it. `spread` heads are under way at a time.
+template <int N> struct Keys {
+    int head, batch, row0, first, last;
+    bool done;
+
+    __device__ Keys(const Problem& p, int batches, int spread, int ticket) {
+        const int blocks = (p.time + 127) / 128, all = p.kv_heads * batches, low = ticket / (blocks * spread) * spread;
+        const int heads = min(spread, all - low), at = ticket - low * blocks;
+        done = ticket >= blocks * all;
+        if (done) return;
+        head = (low + at % heads) % p.kv_heads, batch = (low + at % heads) / p.kv_heads;
+        row0 = at / heads * 128;
+        first = row0 / N, last = min(p.time - 1, row0 + 127 + p.window - 1) / N;
+    }
+
+    // Of the sum of a tile's dq: blocks that come before this one, and whether it is the last.
+    __device__ int before(const Problem& p, int tile) const { return row0 / 128 - max(0, tile * N - p.window + 1) / 128; }
+    __device__ bool ends(int tile) const { return tile * N / 128 == row0 / 128; }
+};
+
+// A tile of one head of the group; the heads of a tile come before the next tile.
+struct Walk {
+    int tile, head;
+
+    __device__ void step(int heads) {
+        if (++head == heads) head = 0, tile--;
+    }
+};
+
+// (lse, δ) of 64 rows of a head, and no sum begun.
+template <int D>
+__global__ void __launch_bounds__(128)
+    backward_rows_kernel(Problem p, const bf16* y, const bf16* dy, const float* lse, const float* dlse, float2* stats, Partials partials) {
+    const int head = blockIdx.y, batch = blockIdx.z, row0 = blockIdx.x * 64, warp = threadIdx.x / WARP;
+    __shared__ float2 row_stats[64];
+    row_sums<D>(p, head, batch, row0 + warp * 16, y, dy, lse, dlse, row_stats + warp * 16, stats);
+    if (threadIdx.x < 2) partials.counts[p.stat(batch, head, row0) / 64 * 2 + threadIdx.x] = 0;
+    if (threadIdx.x == 0 && row0 == 0 && head == 0 && batch == 0) *partials.ticket = 0;
+}
+
+template <int D>
 __global__ void __launch_bounds__(384, 1)
-    backward_kv_hopper_kernel(Problem p, int batches, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dy_map,
-                              const __grid_constant__ CUtensorMap dqkv, const float2* stats) {
+    backward_hopper_kernel(Problem p, int batches, int spread, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dy_map,
+                           const __grid_constant__ CUtensorMap dqkv, const float2* stats, Partials partials) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Shared = BackwardKvShared<D, N>;
-    constexpr int PANELS = D / 64;
-    static_assert(N == 64, "a stage is loaded in boxes of 64 rows");
+    using Shared = BackwardShared<D>;
+    constexpr int PANELS = D / 64, N = Shared::N, HALF = 64 * 64;
     extern __shared__ __align__(1024) uint8_t memory[];
     Shared& sh = *reinterpret_cast<Shared*>(memory);
     const int group = warpgroup(), heads = p.heads / p.kv_heads;
     if (threadIdx.x == 0) {
         barrier_init(&sh.keys_full, 1);
-        barrier_init(&sh.keys_empty, 2);
+        barrier_init(&sh.keys_empty, 8);
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&sh.ticket_full[i], 1);
+            barrier_init(&sh.ticket_empty[i], 10);
+            for (int w = 0; w < 2; w++) barrier_init(&sh.room[i][w], 1), barrier_init(&sh.filled[i][w], 4);
+        }
         for (int i = 0; i < STAGES; i++) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 8);
         async_fence();
     }
@@ -883,33 +806,89 @@ __global__ void __launch_bounds__(384, 1)
     if (group == 0) {
         registers_less<24>();
         if (threadIdx.x == 0) {
-            int tile = 0, keys = 0;
+            int done = 0;  // tiles of earlier turns
             for (int n = 0;; n++) {
-                const Turn turn(p, p.kv_heads, batches, n);
+                barrier_wait(&sh.ticket_empty[n % 2], n / 2 % 2 ^ 1);
+                const int ticket = atomicAdd(partials.ticket, 1);
+                sh.ticket[n % 2] = ticket;
+                barrier_arrive(&sh.ticket_full[n % 2]);
+                const Keys<N> turn(p, batches, spread, ticket);
                 if (turn.done) break;
-                if (turn.skip) continue;
-                const int first = turn.row0 / N, tiles = min(p.time - 1, turn.row0 + 127 + p.window - 1) / N - first + 1;
-                for (int i = 0; i < heads * tiles; i++, tile++) {
-                    const int stage = tile % STAGES, head = turn.head * heads + i / tiles, row0 = (first + i % tiles) * N;
-                    barrier_wait(&sh.empty[stage], tile / STAGES % 2 ^ 1);
-                    barrier_expect(&sh.full[stage], 2 * N * D * 2 + N * 8);
-                    for (int c = 0; c < PANELS; c++) {
-                        tile_load(&qkv, &sh.full[stage], sh.q[stage][c], c * 64, head, row0, turn.batch);
-                        tile_load(&dy_map, &sh.full[stage], sh.dy[stage][c], c * 64, head, row0, turn.batch);
-                    }
-                    bulk_load(&sh.full[stage], sh.stat[stage], stats + p.stat(turn.batch, head, row0), N * 8);
-                    if (i == 0) {
-                        barrier_wait(&sh.keys_empty, keys % 2 ^ 1);
-                        barrier_expect(&sh.keys_full, 2 * 128 * D * 2);
-                        for (int w = 0; w < 2; w++)
-                            for (int c = 0; c < PANELS; c++) {
-                                const int k_head = p.heads + turn.head;
-                                tile_load(&qkv, &sh.keys_full, sh.k[w][c], c * 64, k_head, turn.row0 + w * 64, turn.batch);
-                                tile_load(&qkv, &sh.keys_full, sh.v[w][c], c * 64, k_head + p.kv_heads, turn.row0 + w * 64, turn.batch);
+                for (int tile = turn.last; tile >= turn.first; tile--)
+                    for (int h = 0; h < heads; h++, done++) {
+                        const int stage = done % STAGES, head = turn.head * heads + h, row0 = tile * N;
+                        barrier_wait(&sh.empty[stage], done / STAGES % 2 ^ 1);
+                        barrier_expect(&sh.full[stage], 2 * N * D * 2 + N * 8);
+                        for (int c = 0; c < PANELS; c++)
+                            for (int r = 0; r < N; r += 64) {
+                                tile_load(&qkv, &sh.full[stage], sh.q[stage][c] + r * 64, c * 64, head, row0 + r, turn.batch);
+                                tile_load(&dy_map, &sh.full[stage], sh.dy[stage][c] + r * 64, c * 64, head, row0 + r, turn.batch);
                             }
-                        keys++;
+                        bulk_load(&sh.full[stage], sh.stat[stage], stats + p.stat(turn.batch, head, row0), N * 8);
+                        if (h == 0 && tile == turn.last) {
+                            barrier_wait(&sh.keys_empty, n % 2 ^ 1);
+                            barrier_expect(&sh.keys_full, 2 * 128 * D * 2);
+                            for (int w = 0; w < 2; w++)
+                                for (int c = 0; c < PANELS; c++) {
+                                    const int k_head = p.heads + turn.head;
+                                    tile_load(&qkv, &sh.keys_full, sh.k[w][c], c * 64, k_head, turn.row0 + w * 64, turn.batch);
+                                    tile_load(&qkv, &sh.keys_full, sh.v[w][c], c * 64, k_head + p.kv_heads, turn.row0 + w * 64, turn.batch);
+                                }
+                        }
+                    }
+            }
+        } else if (threadIdx.x == WARP || threadIdx.x == 2 * WARP) {
+            const int w = threadIdx.x / WARP - 1;
+            int done = 0;  // of results
+            for (int n = 0;; n++) {
+                barrier_wait(&sh.ticket_full[n % 2], n / 2 % 2);
+                const Keys<N> turn(p, batches, spread, sh.ticket[n % 2]);
+                barrier_arrive(&sh.ticket_empty[n % 2]);
+                if (turn.done) break;
+                const int total = heads * (turn.last - turn.first + 1);
+                const auto half_at = [&](const Walk& at) { return p.stat(turn.batch, turn.head * heads + at.head, at.tile * N) / N * 2 + w; };
+                // Hands out the place of result `i`, with the sum in it that the result completes.
+                const auto prepare = [&](int i, const Walk& at) {
+                    const int place = (done + i) % 2, before = turn.before(p, at.tile);
+                    if (i < total && turn.ends(at.tile) && before > 0) {
+                        const int64_t sum = half_at(at);
+                        count_wait(partials.counts + sum, before);
+                        barrier_expect(&sh.room[place][w], HALF * 4);
+                        bulk_load(&sh.room[place][w], sh.out[place][w], partials.sums + sum * HALF, HALF * 4);
+                    } else {
+                        barrier_arrive(&sh.room[place][w]);
+                    }
+                };
+                Walk at = {turn.last, 0}, next = at;
+                prepare(0, next);
+                for (int i = 0; i < total + 2; i++, at.step(heads)) {
+                    next.step(heads);
+                    if (i + 1 < total + 2) prepare(i + 1, next);
+                    const int place = (done + i) % 2;
+                    void* out = sh.out[place][w];
+                    barrier_wait(&sh.filled[place][w], (done + i) / 2 % 2);
+                    if (i >= total) {
+                        const int head = p.heads + turn.head + (i - total) * p.kv_heads;
+                        for (int c = 0; c < PANELS; c++)
+                            tile_store(&dqkv, static_cast<bf16*>(out) + c * 64 * 64, c * 64, head, turn.row0 + w * 64, turn.batch);
+                        tile_store_wait();
+                    } else if (turn.ends(at.tile)) {
+                        tile_store(&dqkv, out, D == 128 ? w * 64 : 0, turn.head * heads + at.head, at.tile * N + (D == 128 ? 0 : w * 64), turn.batch);
+                        tile_store_wait();
+                    } else {
+                        const int64_t sum = half_at(at);
+                        const int before = turn.before(p, at.tile);
+                        if (before == 0) {
+                            bulk_store(partials.sums + sum * HALF, out, HALF * 4);
+                        } else {
+                            count_wait(partials.counts + sum, before);
+                            bulk_add(partials.sums + sum * HALF, out, HALF * 4);
+                        }
+                        bulk_store_done();
+                        count_set(partials.counts + sum, before + 1);
                     }
                 }
+                done += total + 2;
             }
         }
         return;
@@ -917,80 +896,113 @@ __global__ void __launch_bounds__(384, 1)
 
     registers_more<240>();
     const int w = group - 1, thread = threadIdx.x % 128, warp = thread / WARP, lane = thread % WARP, g = lane / 4, t = lane % 4;
-    const uint32_t k_at = shared_address(sh.k[w][0]), v_at = shared_address(sh.v[w][0]);
-    int done = 0, keys = 0;  // tiles of earlier turns
+    const uint64_t keys = operand_k(shared_address(sh.k[w][0])), values = operand_k(shared_address(sh.v[w][0]));
+    const uint64_t key_rows = operand_n(shared_address(sh.k[0][D == 128 ? w : 0]), 64 * 128);  // the columns of this warpgroup's half of dq
+    const float scale2 = p.scale * LOG2E;
+    // dS of this warpgroup's keys: a lane's row and, before they are swizzled, the first of its 16-byte pieces.
+    const int ds_row = (w * 64 + warp * 16 + lane % 16) * 64, piece = lane / 16;
+    int done = 0, results = 0;
 
     for (int n = 0;; n++) {
-        const Turn turn(p, p.kv_heads, batches, n);
+        barrier_wait(&sh.ticket_full[n % 2], n / 2 % 2);
+        const Keys<N> turn(p, batches, spread, sh.ticket[n % 2]);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&sh.ticket_empty[n % 2]);
         if (turn.done) break;
-        if (turn.skip) continue;
-        const int first = turn.row0 / N, tiles = min(p.time - 1, turn.row0 + 127 + p.window - 1) / N - first + 1;
-        const int low = turn.row0 + w * 64, key = low + warp * 16 + g;  // and key + 8
+        const int low = turn.row0 + w * 64, key = low + warp * 16 + g, total = heads * (turn.last - turn.first + 1);  // and key + 8
 
         float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[N / 8][4], dp[N / 8][4];
-        uint32_t probs[N / 16][4], ds[N / 16][4];
-        int previous = -1;  // the place whose sums may still be under way
-        // The next tile with rows that see a key of this warpgroup; the others are handed back unread.
-        const auto next = [&](int i) {
-            for (; i < heads * tiles; i++) {
-                const int row0 = (first + i % tiles) * N, stage = (done + i) % STAGES;
-                barrier_wait(&sh.full[stage], (done + i) / STAGES % 2);
-                if (row0 + N - 1 >= low && row0 < low + 63 + p.window) break;
-                if (previous >= 0) {  // or the copies would wait for it, and this for them
-                    wgmma_wait<0>();
-                    if (lane == 0) barrier_arrive(&sh.empty[previous]);
-                    previous = -1;
-                }
-                if (lane == 0) barrier_arrive(&sh.empty[stage]);
-            }
-            return i;
-        };
         const auto issue_scores = [&](int stage) {
-            const uint32_t q_at = shared_address(sh.q[stage][0]);
+            const uint64_t queries = operand_k(shared_address(sh.q[stage][0]));
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D; k += 16)
-                Wgmma<N / 8, false>::ss(s, operand_k(k_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(q_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+                Wgmma<N / 8, false>::ss(s, operand_at(keys, k / 64 * 64 * 128 + k % 64 * 2), operand_at(queries, k / 64 * N * 128 + k % 64 * 2), k > 0);
             wgmma_commit();
         };
         const auto issue_dp = [&](int stage) {
-            const uint32_t dy_at = shared_address(sh.dy[stage][0]);
+            const uint64_t slopes = operand_k(shared_address(sh.dy[stage][0]));
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D; k += 16)
-                Wgmma<N / 8, false>::ss(dp, operand_k(v_at + k / 64 * 64 * 128 + k % 64 * 2), operand_k(dy_at + k / 64 * N * 128 + k % 64 * 2), k > 0);
+                Wgmma<N / 8, false>::ss(dp, operand_at(values, k / 64 * 64 * 128 + k % 64 * 2), operand_at(slopes, k / 64 * N * 128 + k % 64 * 2), k > 0);
             wgmma_commit();
         };
-        barrier_wait(&sh.keys_full, keys % 2);
-        for (int i = next(0); i < heads * tiles; i = next(i + 1)) {
-            const int stage = (done + i) % STAGES, row0 = (first + i % tiles) * N;
+        const auto leave_dq = [&](int tile, const float (&dq)[8][4]) {
+            const int place = results % 2;
+            float* out = sh.out[place][w];
+            barrier_wait(&sh.room[place][w], results / 2 % 2);
+            if (!turn.ends(tile)) {
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    *reinterpret_cast<float4*>(out + (j * 128 + thread) * 4) = make_float4(dq[j][0], dq[j][1], dq[j][2], dq[j][3]);
+            } else {
+                const bool more = turn.before(p, tile) > 0;
+                uint32_t halves[8][2];
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const float4 sum = more ? *reinterpret_cast<const float4*>(out + (j * 128 + thread) * 4) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    halves[j][0] = pack((sum.x + dq[j][0]) * p.scale, (sum.y + dq[j][1]) * p.scale);
+                    halves[j][1] = pack((sum.z + dq[j][2]) * p.scale, (sum.w + dq[j][3]) * p.scale);
+                }
+                if (more) named_sync(1 + w, 128);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    uint32_t* at = reinterpret_cast<uint32_t*>(out) + (warp * 16 + g) * 32 + (j ^ g) * 4 + t;
+                    at[0] = halves[j][0];
+                    at[8 * 32] = halves[j][1];
+                }
+            }
+            async_fence();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&sh.filled[place][w]);
+            results++;
+        };
+        barrier_wait(&sh.keys_full, n % 2);
+        Walk at = {turn.last, 0};
+        for (int i = 0; i < total; i++, at.step(heads)) {
+            const int stage = (done + i) % STAGES, row0 = at.tile * N;
+            barrier_wait(&sh.full[stage], (done + i) / STAGES % 2);
             issue_scores(stage);
             wgmma_wait<1>();
-            if (lane == 0 && previous >= 0) barrier_arrive(&sh.empty[previous]);
-            previous = stage;
+            if (lane == 0 && i > 0) barrier_arrive(&sh.empty[(done + i - 1) % STAGES]);
             issue_dp(stage);
-            const uint32_t q_at = shared_address(sh.q[stage][0]), dy_at = shared_address(sh.dy[stage][0]);
+            const uint64_t q_rows = operand_n(shared_address(sh.q[stage][0]), N * 128), dy_rows = operand_n(shared_address(sh.dy[stage][0]), N * 128);
             const bool edge = row0 < low + 63 || row0 + N - 1 >= low + p.window;
+            uint32_t probs[N / 16][4], ds[N / 16][4];
             wgmma_wait<1>();
             hold(s);
+            if (edge) {
 #pragma unroll
-            for (int j = 0; j < N / 8; j++) {
-                const float4 stat = *reinterpret_cast<const float4*>(sh.stat[stage] + 8 * j + 2 * t);
+                for (int j = 0; j < N / 8; j++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    float2 prob[2];
+                    for (int e = 0; e < 4; e++)
+                        if (!p.sees(row0 + 8 * j + 2 * t + e % 2, key + e / 2 * 8)) s[j][e] = -INFINITY;
+            }
+            // s becomes what dP - δ is multiplied by: the probability, times the slope of a soft-cap.
+            if (p.cap > 0.0f) {
 #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const bool visible = !edge || p.sees(row0 + 8 * j + 2 * t + e, key + 8 * r);
-                        prob[e] = probability(p, s[j][2 * r + e], e == 0 ? stat.x : stat.z, visible);
-                        s[j][2 * r + e] = prob[e].y;
+                for (int j = 0; j < N / 8; j++) {
+                    const float4 stat = *reinterpret_cast<const float4*>(sh.stat[stage] + 8 * j + 2 * t);
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        const float2 a = capped(p, s[j][2 * r], stat.x), b = capped(p, s[j][2 * r + 1], stat.z);
+                        probs[j / 2][j % 2 * 2 + r] = pack(a.x, b.x);
+                        s[j][2 * r] = a.y, s[j][2 * r + 1] = b.y;
                     }
-                    probs[j / 2][j % 2 * 2 + r] = pack(prob[0].x, prob[1].x);
                 }
+            } else {
+#pragma unroll
+                for (int j = 0; j < N / 8; j++) {
+                    const float4 stat = *reinterpret_cast<const float4*>(sh.stat[stage] + 8 * j + 2 * t);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[j][e] = exp2_fast(fmaf(s[j][e], scale2, e % 2 == 0 ? -stat.x : -stat.z));
+                }
+                to_operand<N>(probs, s);
             }
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dv, probs[k / 16], operand_n(dy_at + k * 128, N * 128), 1);
+            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dv, probs[k / 16], operand_at(dy_rows, k * 128), 1);
             wgmma_commit();
             wgmma_wait<1>();
             hold(dp);
@@ -1001,29 +1013,40 @@ __global__ void __launch_bounds__(384, 1)
                 for (int e = 0; e < 4; e++) s[j][e] *= dp[j][e] - (e % 2 == 0 ? stat.y : stat.w);
             }
             to_operand<N>(ds, s);
+#pragma unroll
+            for (int j = 0; j < N / 8; j += 2) store_tiles(sh.ds[i % 2][j / 8] + ds_row + ((j % 8 + piece) ^ lane % 8) * 8, ds[j / 2]);
+            async_fence();
+            named_sync(3, 256);
+            float dq[8][4];
+            const uint64_t ds_columns = operand_n(shared_address(sh.ds[i % 2][D == 128 ? 0 : w]), 128 * 128);
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dk, ds[k / 16], operand_n(q_at + k * 128, N * 128), 1);
+            for (int k = 0; k < 128; k += 16)
+                Wgmma<8, true>::ss_t(dq, operand_at(ds_columns, k * 128), operand_at(key_rows, (k / 64 * PANELS * 64 + k % 64) * 128), k > 0);
             wgmma_commit();
+#pragma unroll
+            for (int k = 0; k < N; k += 16) Wgmma<D / 8, true>::rs(dk, ds[k / 16], operand_at(q_rows, k * 128), 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            hold(dq);
+            leave_dq(at.tile, dq);
         }
         wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(&sh.empty[(done + total - 1) % STAGES]);
         hold(dv);
         hold(dk);
-        if (lane == 0 && previous >= 0) barrier_arrive(&sh.empty[previous]);
-        done += heads * tiles;
-        store_tile<D>(sh.k[w][0], dk, p.scale, p.scale);
-        store_tile<D>(sh.v[w][0], dv, 1.0f, 1.0f);
-        async_fence();
-        named_sync(1 + w, 128);
-        if (thread == 0) {
-            for (int c = 0; c < PANELS; c++) {
-                tile_store(&dqkv, sh.k[w][c], c * 64, p.heads + turn.head, low, turn.batch);
-                tile_store(&dqkv, sh.v[w][c], c * 64, p.heads + p.kv_heads + turn.head, low, turn.batch);
-            }
-            tile_store_wait();
-            barrier_arrive(&sh.keys_empty);
-        }
-        keys++;
+        if (lane == 0) barrier_arrive(&sh.keys_empty);
+        done += total;
+        const auto leave = [&](const float (&sums)[D / 8][4], float scale) {
+            barrier_wait(&sh.room[results % 2][w], results / 2 % 2);
+            store_tile<D>(reinterpret_cast<bf16*>(sh.out[results % 2][w]), sums, scale, scale);
+            async_fence();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&sh.filled[results % 2][w]);
+            results++;
+        };
+        leave(dk, p.scale);
+        leave(dv, 1.0f);
     }
 #else
     __trap();
@@ -1146,29 +1169,30 @@ cudaError_t launch_forward_hopper(const Problem& p, int batch, int processors, c
 }
 
 // Few keys a row and little to multiply: many small blocks hide the latency of their loads better than one large one that stays
-// (D = 64, window 64: 0.079 ms against 0.094 forward, 0.251 against 0.283 backward; at D = 128 the same time or worse).
+// (D = 64, window 64, forward: 0.079 ms against 0.094; at D = 128 the same time or worse).
 bool small_window(const Problem& p) { return p.window <= 128 && p.window < p.time && p.dim <= 64; }
 
 template <int D>
 cudaError_t launch_backward_hopper(const Problem& p, int batch, int processors, const bf16* qkv, const float* sinks, const bf16* y,
                                    const bf16* dy, const float* lse, const float* dlse, float2* stats, bf16* dqkv, float* dsinks,
                                    cudaStream_t stream) {
-    constexpr int Q_BYTES = sizeof(BackwardQShared<D, 128>), KV_BYTES = sizeof(BackwardKvShared<D, 64>), MMA_BYTES = 2 * (64 + 64) * PITCH<D> * 2;
+    constexpr int BYTES = sizeof(BackwardShared<D>);
     CUtensorMap qkv_map, dqkv_map, dy_map;
     if (cudaError_t e = tile_map(&qkv_map, qkv, batch, p.time, p.heads + 2 * p.kv_heads, p.dim, 64)) return e;
     if (cudaError_t e = tile_map(&dqkv_map, dqkv, batch, p.time, p.heads + 2 * p.kv_heads, p.dim, 64)) return e;
     if (cudaError_t e = tile_map(&dy_map, dy, batch, p.time, p.heads, p.dim, 64)) return e;
-    if (cudaError_t e = reserve(backward_q_hopper_kernel<D, 128>, Q_BYTES)) return e;
-    if (cudaError_t e = reserve(backward_kv_hopper_kernel<D, 64>, KV_BYTES)) return e;
-    const int64_t units = int64_t((p.time + 127) / 128 + 1) / 2 * batch;
-    const auto blocks = [&](int heads) { return int(units * heads < processors ? units * heads : processors); };
-    if (small_window(p)) {
-        if (cudaError_t e = reserve(backward_q_kernel<D, 64>, MMA_BYTES)) return e;
-        backward_q_kernel<D, 64><<<dim3((p.time + 63) / 64, p.heads, batch), 128, MMA_BYTES, stream>>>(p, qkv, y, dy, lse, dlse, stats, dqkv);
-    } else {
-        backward_q_hopper_kernel<D, 128><<<blocks(p.heads), 384, Q_BYTES, stream>>>(p, batch, qkv_map, dy_map, dqkv_map, y, dy, lse, dlse, stats);
-    }
-    backward_kv_hopper_kernel<D, 64><<<blocks(p.kv_heads), 384, KV_BYTES, stream>>>(p, batch, qkv_map, dy_map, dqkv_map, stats);
+    if (cudaError_t e = reserve(backward_hopper_kernel<D>, BYTES)) return e;
+    const int64_t rows = Problem::padded(p.time) * p.heads * batch, units = Problem::padded(p.time) / 128 * p.kv_heads * batch;
+    float* sums = reinterpret_cast<float*>(stats + rows);
+    int* counts = reinterpret_cast<int*>(sums + rows * D);
+    const Partials partials = {sums, counts, counts + rows / 32};
+    // Heads under way at a time, in even groups of about two tickets for each processor: fewer, and blocks wait for those before them;
+    // more, and their rows do not stay in the cache.
+    const int64_t groups = std::max<int64_t>(1, (units + processors) / (2 * processors));
+    const int spread = int((int64_t(p.kv_heads) * batch + groups - 1) / groups);
+    backward_rows_kernel<D><<<dim3(Problem::padded(p.time) / 64, p.heads, batch), 128, 0, stream>>>(p, y, dy, lse, dlse, stats, partials);
+    const int blocks = int(units < processors ? units : processors);
+    backward_hopper_kernel<D><<<blocks, 384, BYTES, stream>>>(p, batch, spread, qkv_map, dy_map, dqkv_map, stats, partials);
     if (sinks && dsinks) backward_sink_kernel<<<p.heads, 256, 0, stream>>>(p, batch, sinks, stats, dsinks);
     return cudaGetLastError();
 }
@@ -1210,9 +1234,12 @@ extern "C" int margay_softmax_attn_fwd(const void* qkv, const float* sinks, void
     return launch_forward<256, 1, 32>(p, batch, in, sinks, out, rows, s);
 }
 
-// Bytes the backward needs beside its results.
-extern "C" size_t margay_softmax_attn_bwd_scratch(int batch, int time, int heads) {
-    return size_t(batch) * heads * Problem::padded(time) * sizeof(float2);
+// Bytes the backward needs beside its results; on Hopper that is dq in f32 and little more.
+extern "C" size_t margay_softmax_attn_bwd_scratch(int batch, int time, int heads, int dim) {
+    int processors = 0;
+    const size_t rows = size_t(batch) * heads * Problem::padded(time), stats = rows * sizeof(float2);
+    if (dim > 128 || !hopper(&processors)) return stats;
+    return stats + rows * (dim <= 64 ? 64 : 128) * sizeof(float) + (rows / 32 + 1) * sizeof(int);  // sums of dq, their counts, the tickets
 }
 
 // dlse [B, T, H] and dsinks may be null. dqkv is overwritten.

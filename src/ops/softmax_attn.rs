@@ -292,7 +292,7 @@ mod gpu {
             softcap: f32,
             stream: *mut c_void,
         ) -> c_int;
-        fn margay_softmax_attn_bwd_scratch(batch: c_int, time: c_int, heads: c_int) -> usize;
+        fn margay_softmax_attn_bwd_scratch(batch: c_int, time: c_int, heads: c_int, dim: c_int) -> usize;
         fn margay_softmax_attn_bwd(
             qkv: *const c_void,
             sinks: *const c_void,
@@ -466,8 +466,8 @@ mod gpu {
             let device = device_of(qkv)?;
             let dqkv = Output::new(device, qkv.shape(), DType::BF16)?;
             let dsinks = sinks.map(|s| Output::new(device, s.shape(), DType::F32)).transpose()?;
-            // SAFETY: arithmetic on three counts.
-            let scratch = Output::scratch(device, unsafe { margay_softmax_attn_bwd_scratch(b, t, h) })?;
+            // SAFETY: arithmetic on four counts, and what kind of device is current.
+            let scratch = Output::scratch(device, unsafe { margay_softmax_attn_bwd_scratch(b, t, h, d) })?;
             let (x, s) = (pointer(qkv)?, sinks.map(pointer).transpose()?.unwrap_or(std::ptr::null()));
             let (y, dy, lse) = (pointer(y)?, pointer(dy)?, pointer(lse)?);
             let dlse = dlse.map(pointer).transpose()?.unwrap_or(std::ptr::null());
