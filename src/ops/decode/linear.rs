@@ -188,6 +188,7 @@ impl Frame<'_> {
             Some(t) => {
                 let m = t.dim(1)?.min(state.seen);
                 let held = t.narrow(1, t.dim(1)? - m, m)?.to_dtype(DType::F32)?;
+                let held = held.reshape([&[self.batch, m], row].concat())?;
                 ring(Some(&held), state.seen, slots, &[&[self.batch], row].concat())
             }
             None => Tensor::zeros([&[self.batch, slots], row].concat(), DType::F32, self.device),
