@@ -1,8 +1,8 @@
 //! Decoding: one token per sequence at a time, after a prefill.
 //!
 //! On a GPU the step is a fixed list of kernels over fixed memory ([`crate::ops::decode`]), captured in a graph and
-//! replayed for every token. Where that cannot be (another device or precision, adapters that are not merged, a mixer
-//! without such a step), [`Decoder::extend`] runs, and the trace log says why.
+//! replayed for every token. Where that cannot be (another device or precision, adapters that are not merged, a mixer's
+//! setting without such a step), [`Decoder::extend`] runs, and the trace log says why.
 
 use candle_core::{Result as TensorResult, Tensor};
 
