@@ -11,6 +11,8 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, graph, project, state};
 use super::parts::beside::Beside;
 use super::parts::conv::ShortConv;
@@ -19,6 +21,8 @@ use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::{Pass, repeat};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::delta_rule::{Decay, DeltaRule};
 use crate::ops::gate::{self, Curve};
 use crate::params::{Init, Param, named};
@@ -192,6 +196,20 @@ impl Linear for Delta {
 
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         self.finish.apply(y, x)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        let [weight, bias] = self.beta.as_slice() else {
+            candle_core::bail!("the delta rule lacks its write strength")
+        };
+        let rule = fixed::Rule::Delta(at.flat(&bias.var)?, reads.fine(&weight.var)?);
+        let (decay, tau) = self.decays.fixed(at, reads)?;
+        let conv = at.conv(state, self.convs.each_ref().map(|c| c.as_ref().map(ShortConv::fixed)), false)?;
+        let silu = [self.config.silu, self.config.silu && self.config.conv > 0];
+        let (rotary, scale, finish) = (self.config.rotary, self.config.scale, self.finish.fixed(at, reads)?);
+        let layer = fixed::Linear::new(at, state, at.architecture.head_dim)?;
+        Ok(fixed::Linear { maps: [fixed::Map::Unit; 2], rotary, conv, silu, decay, tau, rule, scale, finish, ..layer })
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

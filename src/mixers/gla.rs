@@ -11,6 +11,8 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::gate::{Decays, Gate, GateKind};
@@ -19,6 +21,8 @@ use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::Pass;
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::params::Param;
@@ -195,6 +199,19 @@ impl Linear for Gla {
 
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         self.finish.apply(y, x)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        let width = self.maps.form.width();
+        let (maps, weights) = self.maps.fixed()?;
+        let (decay, tau) = self.decays.fixed(at, reads)?;
+        let mut layer = fixed::Linear::new(at, state, width)?;
+        if self.config.normalise == Normalise::Sum {
+            layer = layer.counted(at, state)?;
+        }
+        let (rotary, scale, finish) = (self.config.rotary, self.config.scale, self.finish.fixed(at, reads)?);
+        Ok(fixed::Linear { maps, weights, rotary, decay, tau, scale, finish, ..layer })
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

@@ -14,6 +14,8 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::gate::{Decays, Gate, GateKind};
@@ -22,6 +24,8 @@ use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::softmax_attn::softmax;
 use crate::params::Param;
@@ -166,6 +170,21 @@ impl Linear for Gsa {
 
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         self.finish.apply(y, x)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        let (h, d) = (at.architecture.heads, at.architecture.head_dim);
+        let (decay, tau) = self.decays.fixed(at, reads)?;
+        let slots = self.decays.width();
+        if !slots.is_multiple_of(4) {
+            candle_core::bail!("{slots} slots: one-token kernels hold a multiple of 4");
+        }
+        let rule = fixed::Rule::Slots(at.state(state, "slot_keys", &[at.batch, h, d, slots])?);
+        let finish = self.finish.fixed(at, reads)?;
+        let layer = fixed::Linear::new(at, state, slots)?;
+        let s = at.state(state, "slot_values", &[at.batch, h, slots, d])?;
+        Ok(fixed::Linear { maps: self.maps.fixed()?.0, decay, tau, rule, scale: self.scale, s, finish, ..layer })
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

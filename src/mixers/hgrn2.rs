@@ -13,12 +13,16 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, cast, graph, state};
 use super::parts::beside::Beside;
 use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gate::{Curve, Gate, sigmoid};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::softmax_attn::softmax;
@@ -156,6 +160,15 @@ impl Linear for Hgrn2 {
         let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
         pass.gated("s", op, [&like(&q)?, &like(&k)?, v], &gates)
     }
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        let query = if self.query_map == QueryMap::Softmax { fixed::Map::Softmax } else { fixed::Map::Silu };
+        let decay = fixed::Decay::Bounded(self.lower.as_ref().map(|b| at.flat(&b.var)).transpose()?);
+        let finish = self.finish.fixed(at, reads)?;
+        let layer = fixed::Linear::new(at, state, at.architecture.head_dim)?;
+        Ok(fixed::Linear { maps: [query, fixed::Map::Released], decay, finish, ..layer })
+    }
+
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {
         Ok(Some(self.gates(x)?.0))
     }

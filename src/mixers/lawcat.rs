@@ -9,6 +9,8 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, graph, state};
 use super::parts::conv::ShortConv;
 use super::parts::gate::{Decays, Gate, GateKind};
@@ -17,6 +19,8 @@ use super::parts::shared::{Branch, Shared};
 use super::pass::{Pass, repeat};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -161,6 +165,19 @@ impl Linear for Lawcat {
             keys: &|_, pass| self.maps.own_keys(&pass.behind("left", &own, size)?.narrow(1, 0, time)?),
         };
         self.shared.mix(x, v, pass, &branch)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        if self.shared.size > 0 {
+            candle_core::bail!("filtered keys that wait in a window have no one-token kernel");
+        }
+        let (maps, weights) = self.maps.fixed()?;
+        let (decay, tau) = self.decays.fixed(at, reads)?;
+        let [queries, keys] = self.convs.each_ref().map(|c| c.as_ref().map(ShortConv::fixed));
+        let conv = at.conv(state, [queries, keys, None], true)?;
+        let layer = fixed::Linear::new(at, state, self.maps.form.width())?.counted(at, state)?;
+        Ok(fixed::Linear { maps, weights, conv, decay, tau, ..layer })
     }
 
     fn window(&self) -> usize {

@@ -6,6 +6,8 @@ use candle_core::{D, DType, Result, Tensor};
 use super::parts::beside::Mix;
 use super::pass::{Pass, unit_values};
 use super::{Heads, Mixer, State, Weights};
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{Frame, Reads};
 use crate::ops::wide;
 use crate::params::Param;
 
@@ -27,6 +29,13 @@ pub trait Linear: Send + Sync {
     /// Log decays of the state, [B, T, H] or [B, T, H, channels]; `None` where nothing decays.
     fn decays(&self, _: &Heads) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// The layer for one token on a GPU, taking over `state`, and what it reads of the layer's input; without the window
+    /// beside.
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, _at: Frame, _state: &State, _reads: &mut Reads) -> Result<crate::ops::decode::linear::Linear> {
+        candle_core::bail!("a mixer has no one-token kernel")
     }
 
     /// Keys of the softmax window inside [`Linear::mix`]; 0 where there is none.
@@ -86,6 +95,23 @@ impl<L: Linear> Mixer for Layer<L> {
         let y = self.run(x, &mut Pass::Continue(state))?;
         state.seen += x.qkv.dim(1)?;
         Ok(y)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(
+        &self,
+        state: &State,
+        batch: usize,
+        architecture: &crate::families::Architecture,
+        _room: usize,
+        device: &candle_core::Device,
+    ) -> Result<Box<dyn crate::ops::decode::Fixed>> {
+        let (at, mut reads) = (Frame { batch, architecture, device }, Reads::default());
+        let mut layer = self.linear.fixed(at, state, &mut reads)?;
+        if let Some(mix) = &self.beside {
+            layer.joined = mix.fixed(at, state, &mut reads)?;
+        }
+        Ok(Box::new(layer.reading(&reads)?))
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

@@ -11,6 +11,8 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, graph, state};
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
@@ -18,6 +20,8 @@ use super::parts::shared::{Branch, Shared};
 use super::pass::Pass;
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -159,6 +163,17 @@ impl Linear for Lizard {
             keys: &|k, _| self.maps.keys(k),
         };
         self.shared.mix(x, v, pass, &branch)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        let width = self.maps.form.width();
+        let (maps, weights) = self.maps.fixed()?;
+        let (decay, tau) = self.decays.fixed(at, reads)?;
+        let joined = self.shared.fixed(at, state, if self.decays.per_channel() { width } else { 1 })?;
+        let layer = fixed::Linear::new(at, state, width)?.counted(at, state)?;
+        let normalised = self.shared.size == 0;
+        Ok(fixed::Linear { maps, weights, rotary: true, decay, tau, normalised, joined, ..layer })
     }
 
     fn window(&self) -> usize {

@@ -14,12 +14,16 @@ use candle_core::{D, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, cast, graph, state};
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
 use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::ops::mix::mix;
 use crate::params::{Init, Param, named};
@@ -244,6 +248,24 @@ impl Linear for LizardPaper {
         let anchor = self.anchor(x, v, pass)?;
         pass.of_window(|| Ok(anchor.clone()))?;
         gated + anchor
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        if self.meta.is_some() {
+            candle_core::bail!("meta keys and values have no one-token kernel");
+        }
+        let h = at.architecture.heads;
+        let (maps, weights) = self.maps.fixed()?;
+        let (decay, tau) = self.decays.fixed(at, reads)?;
+        let alpha = match &self.alpha {
+            Some(alpha) => at.flat(&alpha.var)?.broadcast_as(h)?.contiguous()?,
+            None => Tensor::ones(h, candle_core::DType::F32, at.device)?,
+        };
+        let sinks = self.sinks.as_ref().map(|sinks| at.flat(&sinks.var)).transpose()?;
+        let joined = fixed::Joined::Anchored(at.window(state, self.size, self.rotary)?, alpha, sinks);
+        let layer = fixed::Linear::new(at, state, self.maps.form.width())?.counted(at, state)?;
+        Ok(fixed::Linear { maps, weights, decay, tau, joined, ..layer })
     }
 
     fn window(&self) -> usize {

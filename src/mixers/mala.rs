@@ -11,12 +11,16 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::maps::{FeatureMap, Form, Maps};
 use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::params::Param;
 
@@ -109,6 +113,16 @@ struct Mala {
 }
 
 impl Linear for Mala {
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, _: &mut Reads) -> Result<fixed::Linear> {
+        let (width, a) = (self.maps.form.width(), at.architecture);
+        let (maps, weights) = self.maps.fixed()?;
+        let rule = fixed::Rule::Magnitude(at.state(state, "sum", &[at.batch, a.heads, a.head_dim])?);
+        let layer = fixed::Linear::new(at, state, width)?.counted(at, state)?;
+        let scale = (width as f64).powf(-0.5);
+        Ok(fixed::Linear { maps, weights, rotary: self.rotary, rule, scale, normalised: false, ..layer })
+    }
+
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let (b, t, h, _) = v.dims4()?;
         let seen = pass.seen();

@@ -13,6 +13,8 @@ use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, cast, graph, project, state};
 use super::parts::beside::Beside;
 use super::parts::conv::ShortConv;
@@ -20,6 +22,8 @@ use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::{Pass, repeat, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gate::{self, Curve};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::mix::mix;
@@ -238,6 +242,32 @@ impl Linear for Mamba2 {
 
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         self.finish.apply(y, x)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        let Some((weight, bias)) = &self.step else { candle_core::bail!("mamba2 lacks its step sizes") };
+        let bias = at.flat(&bias.var)?;
+        let rate = match &self.a_log {
+            Some(a) => at.flat(&a.var)?.exp()?.neg()?,
+            None => bias.ones_like()?.neg()?,
+        };
+        let decay = fixed::Decay::StepSize(bias, rate, reads.fine(&weight.var)?);
+        let map = if self.config.bc_norm { fixed::Map::Unit } else { fixed::Map::Identity };
+        let [values, keys, queries] = self.convs.each_ref().map(|c| c.as_ref().map(ShortConv::fixed));
+        let conv = at.conv(state, [queries, keys, values], false)?;
+        let d = at.architecture.head_dim;
+        Ok(fixed::Linear {
+            maps: [map; 2],
+            conv,
+            silu: [self.config.silu; 2],
+            decay,
+            scale: if self.config.bc_norm { (d as f64).sqrt() } else { 1.0 },
+            written: self.config.layout == Layout::MambaInLlama,
+            skip: self.skip.as_ref().map(|skip| at.flat(&skip.var)).transpose()?,
+            finish: self.finish.fixed(at, reads)?,
+            ..fixed::Linear::new(at, state, d)?
+        })
     }
 
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

@@ -5,7 +5,7 @@
 //! registry, so they already run on it: the three forms agree, nothing looks ahead, every parameter has a gradient.
 //!
 //! Most mixers are a [`linear::Linear`]: their formula once, composed of [`parts`] and computed in all forms by a
-//! [`pass::Pass`].
+//! [`pass::Pass`]. On a GPU they decode op by op unless `Linear::fixed` says how one kernel takes a step.
 
 pub mod delta;
 pub mod gla;

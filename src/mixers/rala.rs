@@ -13,6 +13,8 @@ use candle_core::{D, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::State;
 use super::linear::{Layer, Linear, graph, state};
 use super::parts::beside::Beside;
 use super::parts::maps::{FeatureMap, Form, Maps};
@@ -20,6 +22,8 @@ use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+#[cfg(feature = "cuda")]
+use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::params::Param;
@@ -129,6 +133,17 @@ struct Rala {
 }
 
 impl Linear for Rala {
+    #[cfg(feature = "cuda")]
+    fn fixed(&self, at: Frame, state: &State, reads: &mut Reads) -> Result<fixed::Linear> {
+        let (width, h) = (self.maps.form.width(), at.architecture.heads);
+        let (maps, weights) = self.maps.fixed()?;
+        let queries = at.state(state, "queries", &[at.batch, h, width])?;
+        let rule = fixed::Rule::Augmented(queries, at.state(state, "top", &[at.batch, h])?);
+        let (scale, finish) = ((width as f64).powf(-0.5), self.finish.fixed(at, reads)?);
+        let layer = fixed::Linear::new(at, state, width)?.counted(at, state)?;
+        Ok(fixed::Linear { maps, weights, rotary: self.rotary, rule, scale, finish, ..layer })
+    }
+
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let (b, t, h, _) = v.dims4()?;
         let (seen, dtype) = (pass.seen(), crate::ops::wide(v.dtype()));

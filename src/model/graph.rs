@@ -56,6 +56,8 @@ struct Buffers {
     squares: Tensor,
     /// f32 [B, H + 2 Hkv, D]
     qkv: Tensor,
+    /// f32 [B, E] of the layer whose step reads most.
+    read: Tensor,
     /// bf16 [B, H, D]
     y: Tensor,
     /// bf16 [B, intermediate]
@@ -102,6 +104,7 @@ impl<'a> Graph<'a> {
         let bf16s = |n: usize| Tensor::zeros((batch, n), DType::BF16, at);
         let squares = parts(Mode::Add, a.hidden).max(decode::embed_parts(a.hidden));
         let best = parts(Mode::Logits, a.vocab);
+        let reads = layers.iter().filter_map(|l| l.reads()).map(|w| w.dims()[0]);
         let buffers = Buffers {
             tokens: Tensor::zeros(batch, DType::U32, at)?,
             position: Tensor::new(&[seen as u32], at)?,
@@ -111,6 +114,7 @@ impl<'a> Graph<'a> {
             scaled: bf16s(a.hidden)?,
             squares: f32s(squares)?,
             qkv: f32s((a.heads + 2 * a.kv_heads) * a.head_dim)?,
+            read: f32s(reads.max().unwrap_or(0).max(1))?,
             y: bf16s(a.heads * a.head_dim)?,
             inner: bf16s(a.intermediate)?,
             logits: f32s(a.vocab)?,
@@ -183,6 +187,7 @@ impl<'a> Graph<'a> {
             qkv: pointer(&b.qkv)?,
             table: pointer(&b.table)?,
             position: pointer(&b.position)?,
+            read: pointer(&b.read)?,
             y: writable(&b.y)?,
             batch: self.batch,
             heads: a.heads,
@@ -194,6 +199,13 @@ impl<'a> Graph<'a> {
         let mut before = decode::embed_parts(a.hidden);
         for (l, (block, layer)) in self.decoder.blocks.iter().zip(&self.layers).enumerate() {
             run(&block.qkv, Product { out: writable(&b.qkv)?, ..scaled(before)? }, Mode::Plain)?;
+            if let Some(weight) = layer.reads() {
+                let (n, inner) = weight.dims2()?;
+                let out = writable(&b.read)?;
+                let p = Product { w: pointer(weight)?, out, rows: rows(n), inner: rows(inner), ..scaled(before)? };
+                // SAFETY: as in `run`.
+                unsafe { decode::product(device, &p, Mode::Plain, overlap)? };
+            }
             layer.step(&token)?;
             run(&block.o, add(&b.y, 2 * l + 1)?, Mode::Add)?;
             let Mlp::Dense(mlp) = &block.mlp else { bail!("experts have no one-token kernel") };

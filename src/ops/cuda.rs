@@ -148,7 +148,10 @@ pub fn launch(device: &CudaDevice, what: &str, call: impl FnOnce(*mut c_void) ->
 
 /// `y += x w`, or `x wᵀ` where w is `turned`: y [rows, columns], x [rows, inner], w [inner, columns] or turned
 /// [columns, inner], all contiguous in one precision, summed in f32.
-pub fn add_product(
+///
+/// # Safety
+/// The pointers hold that many elements of `dtype`, on `device`, and nothing else uses y.
+pub unsafe fn add_product(
     device: &CudaDevice,
     dtype: DType,
     y: *mut c_void,
@@ -171,7 +174,7 @@ pub fn add_product(
     };
     let (m, n, k) = (columns as i32, rows as i32, inner as i32);
     let handle = device.cublas_handle();
-    // SAFETY: the operands hold as many elements as the sizes say, on this device.
+    // SAFETY: the caller's.
     unsafe {
         gemm_strided_batched_ex(
             *handle.handle(),

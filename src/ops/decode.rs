@@ -5,6 +5,8 @@
 //! that it can be captured in a graph ([`crate::model::Steps`]). Formulas and layouts: `kernels/decode.cu`. The plain
 //! form of a step is [`crate::mixers::Mixer::extend`].
 
+pub mod linear;
+
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 
@@ -174,6 +176,8 @@ pub struct Token<'a> {
     pub table: *const c_void,
     /// i32, the tokens seen.
     pub position: *const c_void,
+    /// f32 [B, E], the layer's input times the rows of [`Fixed::reads`].
+    pub read: *const c_void,
     /// bf16 [B, H, D]
     pub y: *mut c_void,
     pub batch: usize,
@@ -186,6 +190,10 @@ pub struct Token<'a> {
 
 /// A mixer's state in fixed memory, and its one-token step.
 pub trait Fixed {
+    /// bf16 [E, N]: rows that the step wants multiplied with the layer's input.
+    fn reads(&self) -> Option<&Tensor> {
+        None
+    }
     fn step(&self, token: &Token) -> Result<()>;
     /// Bytes of the state.
     fn bytes(&self) -> usize;

@@ -139,7 +139,8 @@ fn add_low_rank_on_gpu(y: CudaStorage, [x, a, b]: [(&CudaStorage, &Layout); 3]) 
     let ((rows, rank), out) = (shape.dims2()?, b.1.shape().dims2()?.0);
     let at = storage_pointer(&y, &Layout::contiguous((rows, out)))?.cast_mut();
     let (low_at, b_at) = (storage_pointer(&low, &Layout::contiguous(shape))?, storage_pointer(b.0, b.1)?);
-    add_product(y.device(), y.dtype(), at, (low_at, b_at), [rows, out, rank], true)?;
+    // SAFETY: contiguous storage of these shapes; y is ours.
+    unsafe { add_product(y.device(), y.dtype(), at, (low_at, b_at), [rows, out, rank], true)? };
     Ok(y)
 }
 
@@ -151,7 +152,9 @@ fn plus_product(y: Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
         let (x, w) = (x.contiguous()?, w.contiguous()?);
         let ((rows, columns), rank) = (y.dims2()?, w.dim(0)?);
         let operands = (pointer(&x)?, pointer(&w)?);
-        add_product(device_of(&y)?, y.dtype(), pointer(&y)?.cast_mut(), operands, [rows, columns, rank], false)?;
+        let (device, at) = (device_of(&y)?, pointer(&y)?.cast_mut());
+        // SAFETY: contiguous tensors of these shapes; nothing else holds y.
+        unsafe { add_product(device, y.dtype(), at, operands, [rows, columns, rank], false)? };
         return Ok(y);
     }
     y + x.matmul(w)?

@@ -1,6 +1,6 @@
 //! A softmax window beside a linear branch, their outputs added: Liger, and any gated mixer.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -96,15 +96,31 @@ impl Mix {
         mix(&[window, linear], &self.weights(x, linear.dim(2)?)?)
     }
 
+    /// The same in a one-token step.
+    #[cfg(feature = "cuda")]
+    pub fn fixed(
+        &self,
+        at: crate::ops::decode::linear::Frame,
+        state: &crate::mixers::State,
+        reads: &mut crate::ops::decode::linear::Reads,
+    ) -> Result<crate::ops::decode::linear::Joined> {
+        let own = self.own(at.architecture.heads, at.device)?;
+        let mix = self.gate.as_ref().map(|w| reads.fine(&w.var)).transpose()?;
+        Ok(crate::ops::decode::linear::Joined::Beside(at.window(state, self.size, true)?, at.flat(&own)?, mix))
+    }
+
+    /// What both weigh before tokens have a say, [2, H].
+    fn own(&self, heads: usize, device: &Device) -> Result<Tensor> {
+        match &self.learned {
+            Some((w, l)) => Tensor::cat(&[w.var.reshape((1, heads))?, l.var.reshape((1, heads))?], 0),
+            None => Tensor::new(&self.weights, device)?.unsqueeze(1)?.repeat((1, heads)),
+        }
+    }
+
     /// What both weigh, [2, H] or [B, T, 2, H].
     fn weights(&self, x: &Tensor, heads: usize) -> Result<Tensor> {
         let dtype = wide(x.dtype());
-        let own = match &self.learned {
-            Some((w, l)) => {
-                Tensor::cat(&[w.var.reshape((1, heads))?, l.var.reshape((1, heads))?], 0)?.to_dtype(dtype)?
-            }
-            None => Tensor::new(&self.weights, x.device())?.to_dtype(dtype)?.unsqueeze(1)?.repeat((1, heads))?,
-        };
+        let own = self.own(heads, x.device())?.to_dtype(dtype)?;
         let Some(weight) = &self.gate else { return Ok(own) };
         let (b, t, _) = x.dims3()?;
         // Twice the logistic function.

@@ -29,6 +29,12 @@ impl ShortConv {
         named(params, name).map(|weight| ShortConv { weight, rows: name })
     }
 
+    /// Filters [channels, 1, taps] and the state's name for the rows before.
+    #[cfg(feature = "cuda")]
+    pub fn fixed(&self) -> (&Tensor, &str) {
+        (&self.weight.var, self.rows)
+    }
+
     /// Of `x` [B, T, heads, D].
     pub fn apply(&self, x: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let (_, time, heads, dim) = x.dims4()?;

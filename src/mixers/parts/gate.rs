@@ -174,6 +174,46 @@ impl Decays {
         }
     }
 
+    /// Channels per key.
+    #[cfg(feature = "cuda")]
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Whether every channel has a decay of its own.
+    #[cfg(feature = "cuda")]
+    pub fn per_channel(&self) -> bool {
+        self.gate.per_channel()
+    }
+
+    /// The same in a one-token step, and what logarithms of sigmoids are multiplied by.
+    #[cfg(feature = "cuda")]
+    pub fn fixed(
+        &self,
+        at: crate::ops::decode::linear::Frame,
+        reads: &mut crate::ops::decode::linear::Reads,
+    ) -> Result<(crate::ops::decode::linear::Decay, f64)> {
+        use crate::ops::decode::linear::Decay;
+        let decay = match (self.gate.kind, self.tensors.as_slice()) {
+            (GateKind::ScalarToken | GateKind::ScalarHead, [weight, bias]) => {
+                Decay::Scalar(at.flat(&bias.var)?, reads.fine(&weight.var)?)
+            }
+            (GateKind::Mamba2, [weight, a_log, dt_bias]) => {
+                Decay::StepSize(at.flat(&dt_bias.var)?, at.flat(&a_log.var)?.exp()?.neg()?, reads.fine(&weight.var)?)
+            }
+            (GateKind::LowRank, [first, second, bias]) => {
+                let second = at.flat(&second.var)?.reshape(second.var.shape())?;
+                Decay::LowRank(at.flat(&bias.var)?, second, reads.fine(&first.var)?)
+            }
+            (GateKind::Pooled, _) => Decay::Pooled,
+            (GateKind::Retention | GateKind::Lightning, _) => {
+                Decay::Fixed(at.flat(&Tensor::new(self.fixed.as_slice(), at.device)?)?)
+            }
+            _ => Decay::Keep,
+        };
+        Ok((decay, 1.0 / self.gate.normaliser))
+    }
+
     /// The keys' channels, averaged over neighbours where fewer are wanted: [B, T, Hkv, width].
     fn pooled(&self, x: &Heads) -> Result<Tensor> {
         match self.pool {

@@ -199,6 +199,30 @@ impl Maps {
         if fusible { self.weights() } else { Ok(None) }
     }
 
+    /// Their kinds and weights bf16 [H, D, C] in a one-token step.
+    #[cfg(feature = "cuda")]
+    pub fn fixed(&self) -> Result<([crate::ops::decode::linear::Map; 2], Option<[Tensor; 2]>)> {
+        use crate::ops::decode::linear::Map;
+        let kind = match self.form.kind {
+            FeatureMap::SoftmaxDim => Map::SoftmaxDim,
+            FeatureMap::ExpDim => Map::ExpDim,
+            FeatureMap::Relu => Map::Relu,
+            FeatureMap::Elu => Map::Elu,
+            FeatureMap::Softmax => Map::Softmax,
+            FeatureMap::Identity => Map::Identity,
+            FeatureMap::Silu => Map::Silu,
+            FeatureMap::Taylor => candle_core::bail!("the map Taylor has no one-token kernel"),
+        };
+        if self.both("bias")?.is_some() || self.form.cols > 256 {
+            candle_core::bail!("maps with biases or more than 256 columns have no one-token kernel")
+        }
+        let halves = |w: Tensor| -> Result<[Tensor; 2]> {
+            let part = |from| w.narrow(0, from, self.heads)?.to_dtype(candle_core::DType::BF16)?.copy();
+            Ok([part(0)?, part(self.heads)?])
+        };
+        Ok(([kind; 2], self.weights()?.map(halves).transpose()?))
+    }
+
     /// φ [B, T, maps, F] of packed heads by the maps that read `sources`, which are `from..` of all maps.
     fn apply(&self, packed: &Tensor, from: usize, sources: &[usize]) -> Result<Tensor> {
         let Some(weight) = self.weights()? else {

@@ -81,6 +81,23 @@ pub struct Finish {
 }
 
 impl Finish {
+    /// The same in a one-token step.
+    #[cfg(feature = "cuda")]
+    pub fn fixed(
+        &self,
+        at: crate::ops::decode::linear::Frame,
+        reads: &mut crate::ops::decode::linear::Reads,
+    ) -> Result<crate::ops::decode::linear::Finish> {
+        let norm = self.norm.as_ref().map(|w| at.flat(&w.var)).transpose()?;
+        let gate = match &self.gate {
+            Some((weight, bias)) => {
+                Some((at.flat(&bias.var)?, reads.coarse(&weight.var)?, self.kind == OutputGate::Silu))
+            }
+            None => None,
+        };
+        Ok(crate::ops::decode::linear::Finish { norm, gate })
+    }
+
     /// Of `y` [B, T, H, D] for the layer input of `x`.
     pub fn apply(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         let (b, t, h, d) = y.dims4()?;

@@ -63,6 +63,22 @@ impl Shared {
         Shared { size, affine, factors: find(FACTORS), sinks: find(sink_name) }
     }
 
+    /// The same in a one-token step, for `gates` log decays per head.
+    #[cfg(feature = "cuda")]
+    pub fn fixed(
+        &self,
+        at: crate::ops::decode::linear::Frame,
+        state: &crate::mixers::State,
+        gates: usize,
+    ) -> Result<crate::ops::decode::linear::Joined> {
+        use crate::ops::decode::linear::Joined;
+        let Some(factors) = self.factors.as_ref().filter(|_| self.size > 0) else { return Ok(Joined::Alone) };
+        let waits = at.rows(state, "gates", self.size, &[at.architecture.heads, gates])?;
+        let sinks = self.sinks.as_ref().map(|sinks| at.flat(&sinks.var)).transpose()?;
+        let window = at.window(state, self.size, true)?;
+        Ok(Joined::Shared(window, at.flat(&factors.var)?, sinks, waits, self.affine))
+    }
+
     /// Both branches: [B, T, H, V].
     pub fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass, branch: &Branch) -> Result<Tensor> {
         let keys = x.rotated()?.narrow(2, x.heads, x.kv_heads)?;
