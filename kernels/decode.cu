@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
     };
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+    float gain = 0.0f;  // the next norm's weight of this thread's column, one in all its turns below
+    if constexpr (MODE == ADD) gain = to_float(p.next[min(first + (int)threadIdx.x % TALL, p.rows - 1)]);
     wait_for_previous();
 
     const uint4 none = make_uint4(0, 0, 0, 0);
@@ -114,17 +116,30 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
     };
     read(x[0], 0);
 
-    // Scales of the rows of x: every warp takes some.
-    if (p.squares != nullptr) {
-        for (int b = warp; b < p.batch; b += WARPS) {
-            float sum = 0.0f;
-            for (int i = lane; i < p.parts; i += WARP) sum += __ldcg(p.squares + (size_t)b * p.parts + i);
-            sum = warp_sum(sum);
-            if (lane == 0) scales[b] = rsqrtf(sum / p.inner + p.eps);
+    // What the end adds to: asked for here, so that nothing waits for it there.
+    constexpr int OUTPUTS = TALL * 8 * MT, EACH = (OUTPUTS + PRODUCT - 1) / PRODUCT;
+    static_assert(PRODUCT % TALL == 0, "a thread keeps its column");
+    float old[EACH] = {};
+    if constexpr (MODE == ADD) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = threadIdx.x + e * PRODUCT, b = i / TALL, n = first + i % TALL;
+            if (b < p.batch && n < p.rows) old[e] = __ldcg(p.stream + (size_t)b * p.rows + n);
         }
-    } else if (threadIdx.x < 8 * MT) {
-        scales[threadIdx.x] = 1.0f;
     }
+    // Scales of the rows of x: every warp takes some.
+    auto scale_rows = [&] {
+        if (p.squares != nullptr) {
+            for (int b = warp; b < p.batch; b += WARPS) {
+                float sum = 0.0f;
+                for (int i = lane; i < p.parts; i += WARP) sum += __ldcg(p.squares + (size_t)b * p.parts + i);
+                sum = warp_sum(sum);
+                if (lane == 0) scales[b] = rsqrtf(sum / p.inner + p.eps);
+            }
+        } else if (threadIdx.x < 8 * MT) {
+            scales[threadIdx.x] = 1.0f;
+        }
+    };
 
     float c[RT][MT][4] = {};
     auto multiply = [&](uint4 (&b)[U][MT], uint4 (&next)[U][MT], int stage) {
@@ -149,6 +164,7 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
     for (int stage = 0; stage < stages; stage += 2) {
         multiply(x[0], x[1], stage);
         if (stage + 1 < stages) multiply(x[1], x[0], stage + 1);
+        if (stage == 0) scale_rows();  // not before: the queue would stand full while the sums are awaited
     }
     copy_wait<0>();
     __syncthreads();
@@ -186,8 +202,10 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
         auto part = [&](int b, int i) {
             return ((size_t)b * gridDim.x + blockIdx.x) * SHARES + i % TALL / SHARE;
         };
-        for (int i = threadIdx.x; i < TALL * 8 * MT; i += PRODUCT) {
-            const int b = i / TALL, n = first + i % TALL;
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = threadIdx.x + e * PRODUCT, b = i / TALL, n = first + i % TALL;
+            if (i >= OUTPUTS) break;
             const bool live = b < p.batch && n < p.rows;
             float y = live ? total(b, i % TALL) + bias(n) : 0.0f;
             const size_t at = (size_t)b * p.rows + n;
@@ -195,9 +213,9 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
                 if (live) p.out[at] = y;
             } else if constexpr (MODE == ADD) {
                 if (live) {
-                    y += __ldcg(p.stream + at);
+                    y += old[e];
                     p.stream[at] = y;
-                    p.scaled[at] = __float2bfloat16_rn(y * to_float(p.next[n]));
+                    p.scaled[at] = __float2bfloat16_rn(y * gain);
                 }
                 const float square = warp_sum<SHARE>(y * y);
                 if (b < p.batch && i % SHARE == 0) p.squares_out[part(b, i)] = square;
@@ -380,26 +398,28 @@ __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats
     const size_t ring = ((size_t)batch * slots * p.kv_heads + kv) * dim;
     const int stride = p.kv_heads * dim;
     const size_t map_at = (size_t)head * dim * cols;
-    if constexpr (STAGED) {
-#pragma unroll
-        for (int i = 0; i < DIM * COLS; i += STEP * 8) {
-            copy16(stage + i + tid * 8, p.map_q + map_at + i + tid * 8);
-            copy16(stage + dim * cols + i + tid * 8, p.map_k + map_at + i + tid * 8);
-        }
-        constexpr int PER_ROW = STAGED ? DIM / 8 : 1;
-        for (int i = tid; i < slots * PER_ROW; i += STEP) {
-            const size_t from = ring + (size_t)(i / PER_ROW) * stride + i % PER_ROW * 8;
-            copy16(stage_keys + i * 8, p.ring_k + from);
-            copy16(stage_values + i * 8, p.ring_v + from);
-        }
-        copy_commit();
-    }
     const int position = *p.position;
     const float sigma = 1.0f / (1.0f + __expf(-p.factors[head])), lambda = p.affine ? 1.0f - sigma : 1.0f;
     const int begin = window_start(position, p.window, p.terraced);
     const int base = min(begin, position), count = position - begin + 1;  // keys in the window, this one included
     const int leaving = min(window_start(position + 1, p.window, p.terraced), position + 1) - base;
     const int here = slots > 0 ? position % slots : 0, oldest = slots > 0 ? base % slots : 0;
+    // The `n`th key from `base` on; n never exceeds the ring.
+    auto slot_of = [&](int n) { return oldest + n < slots ? oldest + n : oldest + n - slots; };
+    if constexpr (STAGED) {
+#pragma unroll
+        for (int i = 0; i < DIM * COLS; i += STEP * 8) {
+            copy16(stage + i + tid * 8, p.map_q + map_at + i + tid * 8);
+            if (leaving > 0) copy16(stage + dim * cols + i + tid * 8, p.map_k + map_at + i + tid * 8);
+        }
+        constexpr int PER_ROW = STAGED ? DIM / 8 : 1;
+        for (int i = tid; i < (position - base) * PER_ROW; i += STEP) {
+            const int slot = slot_of(i / PER_ROW), at = i % PER_ROW * 8;
+            copy16(stage_keys + slot * dim + at, p.ring_k + ring + (size_t)slot * stride + at);
+            copy16(stage_values + slot * dim + at, p.ring_v + ring + (size_t)slot * stride + at);
+        }
+        copy_commit();
+    }
 
     wait_for_previous();
 
@@ -431,8 +451,7 @@ __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats
     if constexpr (STAGED) copy_wait<0>();
     __syncthreads();
 
-    // The `n`th key from `base` on, or this position's own; n never exceeds the ring.
-    auto slot_of = [&](int n) { return oldest + n < slots ? oldest + n : oldest + n - slots; };
+    // The `n`th key from `base` on, or this position's own.
     auto key_at = [&](int n) -> const bf16* {
         if (base + n == position) return key;
         if constexpr (STAGED) return stage_keys + slot_of(n) * dim;
@@ -476,8 +495,9 @@ __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats
         *reinterpret_cast<float2*>(parts + (part * 2 + of_key) * cols + c) = make_float2(a, b);
     };
     const int used = has_maps ? part_count : 1;
+    auto bias_of = [&](const float* bias) { return bias == nullptr ? nullptr : bias + head * cols; };
     auto features = [&](float* out, const float* from, const float* bias) {
-        activate<COLS, PARTS>(out, from, used, 2 * cols, bias == nullptr ? nullptr : bias + head * cols, cols, p.activation);
+        activate<COLS, PARTS>(out, from, used, 2 * cols, bias_of(bias), cols, p.activation);
     };
 
     project(leaving > 0 ? key_at(0) : nullptr, true);
@@ -515,7 +535,7 @@ __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats
         return make_float4(lo.x, lo.y, hi.x, hi.y);
     };
     // A key that leaves is folded into the state; without a window it is this one, and counts before the state is read.
-    auto fold = [&](int n) {
+    auto fold = [&](const float* phi_k, int n) {
         if (working) {
             const float4 v = four(value_at(n));
 #pragma unroll
@@ -529,7 +549,7 @@ __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats
         if (tid < width) mass += phi_k[tid];
     };
     int folded = 0;
-    if (p.window == 0) fold(0), folded = 1;
+    if (p.window == 0) fold(phi_k, 0), folded = 1;
 
     float4 y = make_float4(0, 0, 0, 0);
     if (working) {
@@ -574,15 +594,33 @@ __global__ void __launch_bounds__(STEP, ROWS <= 8 ? 2 : 1) lolcats(const Lolcats
         p.y[((size_t)batch * p.heads + head) * dim + part_of_d * across + d] = __float2bfloat16_rn(sum / total);
     }
 
-    for (; folded < leaving; folded++) {
-        if (folded > 0) {
-            __syncthreads();
+    if (folded == 0 && leaving > 0) fold(phi_k, 0), folded = 1;
+    // More than one leave where a terraced window moves on: a warp makes the features of one, all of them at once.
+    constexpr int GROUP = STAGED ? STEP / WARP : 1;
+    float* phi = STAGED ? gathered : phi_k;  // [GROUP, width]
+    for (; folded < leaving; folded += GROUP) {
+        __syncthreads();
+        if constexpr (STAGED) {
+            if (folded + warp < leaving) {
+                const bf16 *w = stage + dim * cols + 2 * lane, *leaver = key_at(folded + warp);
+                float2 u = make_float2(0.0f, 0.0f);
+#pragma unroll 8
+                for (int d = 0; d < dim; d++) {
+                    const float2 pair = unpack(*reinterpret_cast<const uint32_t*>(w + d * cols));
+                    const float x = to_float(leaver[d]);
+                    u.x += x * pair.x, u.y += x * pair.y;
+                }
+                *reinterpret_cast<float2*>(parts + warp * cols + 2 * lane) = u;
+                __syncwarp();
+                activate<COLS, 1>(phi + warp * width, parts + warp * cols, 1, 0, bias_of(p.bias_k), cols, p.activation);
+            }
+        } else {
             project(key_at(folded), false);
             __syncthreads();
-            if (warp == 1) features(phi_k, parts + cols, p.bias_k);
-            __syncthreads();
+            if (warp == 1) features(phi, parts + cols, p.bias_k);
         }
-        fold(folded);
+        __syncthreads();
+        for (int n = 0; n < min(GROUP, leaving - folded); n++) fold(phi + n * width, folded + n);
     }
     if (leaving > 0) {
 #pragma unroll
@@ -611,7 +649,13 @@ size_t staged_bytes(int dim, int cols, int slots) {
 }
 
 bool known_sizes(int dim, int cols, int activation, int slots) {
-    return (dim == 128 || dim == 64) && cols == 64 && activation < 2 && staged_bytes(dim, cols, slots) <= 110 * 1024;
+    // Two blocks of 113 KB share an SM of Hopper.
+    static const size_t most = [] {
+        int device = 0, bytes = 0;
+        cudaGetDevice(&device), cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        return bytes < 113 * 1024 ? bytes : 113 * 1024;
+    }();
+    return (dim == 128 || dim == 64) && cols == 64 && activation < 2 && staged_bytes(dim, cols, slots) <= most;
 }
 
 }  // namespace
