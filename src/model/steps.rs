@@ -122,8 +122,6 @@ mod tests {
     use candle_core::{DType, Device};
 
     const PROMPT: usize = 21;
-    /// Far enough for a terraced window of 64 to move on.
-    const STEPS: usize = 120;
 
     /// Logits [steps, B, V] of fixed tokens behind a prompt, and whether fixed memory was used.
     fn run(decoder: &Decoder, net: &Net, batch: usize, count: usize, fixed: bool) -> (Tensor, bool) {
@@ -172,10 +170,12 @@ mod tests {
                 let noise = (param.var.randn_like(0.0, 1.0).unwrap() * 0.05).unwrap();
                 param.var.set(&(param.var.as_tensor() + noise).unwrap()).unwrap();
             }
+            // Far enough for a terraced window of 64 to move on.
+            let count = if design.name() == "lolcats" { 120 } else { 40 };
             for batch in [1, 12] {
-                let (truth, _) = run(&exact, &net, batch, STEPS, false);
-                let (plain, _) = run(&low, &net, batch, STEPS, false);
-                let (fixed, used) = run(&low, &net, batch, STEPS, true);
+                let (truth, _) = run(&exact, &net, batch, count, false);
+                let (plain, _) = run(&low, &net, batch, count, false);
+                let (fixed, used) = run(&low, &net, batch, count, true);
                 if !used {
                     eprintln!("{}: op by op", design.name());
                     continue;
@@ -184,7 +184,7 @@ mod tests {
                 let (e, limit) = (error(&fixed, &truth), 2.0 * error(&plain, &truth));
                 eprintln!("{} batch {batch}: {e:.2e}, plain {:.2e}", design.name(), limit / 2.0);
                 assert!(e <= limit && e < 0.2, "{}: {e:.2e} over {limit:.2e}", design.name());
-                let again = run(&low, &net, batch, STEPS, true).0;
+                let again = run(&low, &net, batch, count, true).0;
                 let bits = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 assert!(bits(&fixed) == bits(&again), "{} differs from run to run", design.name());
             }
