@@ -1,4 +1,6 @@
-//! Named weights that train, and changes of frozen ones: LoRA, and projections in full.
+//! Named weights that train, and changes of frozen ones: LoRA, and tensors in full.
+
+mod whole;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::families::{Architecture, Projection};
+use crate::families::{Architecture, Projection, Role};
 use crate::ops::linear::{linear, project};
 
 /// One trainable tensor: f32 whatever the model's precision, because low-precision updates vanish.
@@ -117,12 +119,13 @@ fn stream_of(seed: u64, layer: usize, stream: u64) -> ChaCha8Rng {
     rng
 }
 
-/// Changes of frozen projections that train in their stead, so that teacher and student share the weights: LoRA,
-/// `y += scale * (x Aᵀ) Bᵀ`, and changes in full, `y += x Δᵀ`. Those of one projection add up. All of them start without
+/// Changes of frozen weights that train in their stead, so that teacher and student share the weights: of projections
+/// LoRA, `y += scale * (x Aᵀ) Bᵀ`, and changes in full, `y += x Δᵀ`, which add up; of all else `w + Δ`. They start without
 /// effect, train until they are put to rest, and are merged into their weights at the end.
 #[derive(Default)]
 pub struct Adapters {
     changes: BTreeMap<(usize, Projection), Vec<Change>>,
+    whole: BTreeMap<Role, whole::Whole>,
 }
 
 struct Change {
@@ -157,8 +160,8 @@ impl LowRank {
 /// Something of an adapter that trains.
 pub struct Adapted {
     pub param: Param,
-    pub layer: usize,
-    pub projection: Projection,
+    /// Where it is in one.
+    pub layer: Option<usize>,
     /// Of a change in full, not of LoRA.
     pub full: bool,
 }
@@ -167,6 +170,7 @@ impl Adapters {
     /// Puts everything to rest: it goes on acting, without gradient and without dropout.
     pub fn rest(&mut self) {
         self.changes.values_mut().flatten().for_each(|change| change.trains = false);
+        self.whole.values_mut().for_each(|change| change.trains = false);
     }
 
     /// LoRA beside what is there, training. A starts U(±1/√in), B at zero: nothing changes yet.
@@ -277,12 +281,12 @@ impl Adapters {
                         var: (*var).clone(),
                         scalar: false,
                     },
-                    layer: *layer,
-                    projection: *projection,
+                    layer: Some(*layer),
                     full: matches!(change.form, Form::Full { .. }),
                 }));
             }
         }
+        found.extend(self.trained_whole());
         found
     }
 
@@ -338,6 +342,7 @@ impl Adapters {
     /// Drops the changes of a layer: its weights are the frozen ones again.
     pub fn forget(&mut self, layer: usize) {
         self.changes.retain(|(l, _), _| *l != layer);
+        self.whole.retain(|role, _| role.layer() != Some(layer));
     }
 
     /// Whether a projection of a layer is changed.

@@ -92,8 +92,8 @@ impl Case {
         Case { model, decoder, net, linearization }
     }
 
-    /// Merges LoRA of rank 2 and 3 into every other layer, 4 more into one projection, and with `full` a change of a whole
-    /// weight; keeps them apart in the export `dir`.
+    /// Merges LoRA of rank 2 and 3 into every other layer, 4 more into one projection, and with `full` changes of a whole
+    /// weight, the norms, the embeddings and the head; keeps them apart in the export `dir`.
     fn adapt(&mut self, dir: &Path, full: bool) -> Vec<String> {
         let a = self.decoder.architecture.clone();
         let mut lora = Vec::new();
@@ -112,14 +112,16 @@ impl Case {
         let mut adapters = Adapters::of(lora).unwrap();
         if full {
             adapters.add_full(&a, &[(1, Projection::V)], &Device::Cpu).unwrap();
+            let whole: Vec<_> = a.names.words().flat_map(|word| a.named(word)).collect();
+            adapters.add_whole(&a, &whole, &Device::Cpu).unwrap();
             for trained in adapters.trained() {
                 let noise = (randn(trained.param.var.dims(), 99) * 0.1).unwrap().to_dtype(DType::F32).unwrap();
                 trained.param.var.set(&noise).unwrap();
             }
         }
-        let apart = Adapter::of(&adapters, &self.decoder).unwrap();
+        let apart = Adapter::of(&adapters, &self.decoder, &self.model.description).unwrap();
         let stored = |name: &str| self.model.checkpoint.info(name).map(|i| i.dtype);
-        let merged = fold(&mut self.decoder, &adapters, stored).unwrap();
+        let merged = fold(&mut self.decoder, &adapters, &self.model).unwrap();
         std::fs::create_dir_all(dir).unwrap();
         apart.write("org/base", a.layers, stored, dir, &Silent).unwrap();
         merged
@@ -132,7 +134,7 @@ impl Case {
         let vocab = self.model.architecture().vocab as u32;
         let ids: Vec<u32> = (0..150u32).map(|i| 2 + (i * i * 31 + i * 7 + 11) % (vocab - 2)).collect();
         let all = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let logits = self.decoder.logits(&self.decoder.hidden(&all, &self.net).unwrap()).unwrap();
+        let logits = self.decoder.logits(&self.decoder.hidden(&all, &self.net).unwrap(), &self.net).unwrap();
         let subject = Subject { decoder: &self.decoder, net: &self.net };
         let mut text = Vec::new();
         let push = |id| {
@@ -460,7 +462,7 @@ fn official_liger_folders_go_both_ways() {
         let model = Model::open(liger.to_str().unwrap(), &Silent).unwrap();
         let (decoder, net) = (model.decoder(&Device::Cpu, &Silent).unwrap(), model.net(&Device::Cpu).unwrap());
         let expected = candle_core::safetensors::load(export.join(EXPECTED), &Device::Cpu).unwrap();
-        let logits = decoder.logits(&decoder.hidden(&expected["ids"], &net).unwrap()).unwrap();
+        let logits = decoder.logits(&decoder.hidden(&expected["ids"], &net).unwrap(), &net).unwrap();
         assert_eq!(random::flat(&logits), random::flat(&expected["logits"]), "{model_type}");
         rewrite(&liger, Format::Transformers, &SHAPE, &back);
         let config: Value = serde_json::from_slice(&std::fs::read(back.join("config.json")).unwrap()).unwrap();
