@@ -147,7 +147,8 @@ impl Task for Recover<'_> {
         let mut gradient = store.remove(&last);
         drop((store, loss, hidden)); // and with them the head's gradient
 
-        while let (Some(Passed { x, opened }), Some(from_above)) = (passed.pop(), gradient.take()) {
+        while let Some(Passed { x, opened }) = passed.pop() {
+            let Some(from_above) = gradient.take() else { break };
             let layer = passed.len();
             let block = decoder.block(layer);
             let opened = match opened {
