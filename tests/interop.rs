@@ -190,7 +190,7 @@ fn mixer(name: &str, sets: &[&str]) -> Mixer {
 }
 
 /// Settings that no shipped recipe has.
-const VARIANTS: [(&str, &[&str]); 23] = [
+const VARIANTS: [(&str, &[&str]); 25] = [
     ("llama/lolcats", &["mixer.window_kind=terraced"]),
     ("llama/lolcats", &["mixer.affine=true", "mixer.feature_map=exp_dim", "mixer.feature_dim=4"]),
     ("llama/lolcats", &["mixer.tie_qk=true", "mixer.skip_connection=true", "mixer.feature_dim=32"]),
@@ -198,6 +198,8 @@ const VARIANTS: [(&str, &[&str]); 23] = [
     ("llama/lizard", &["mixer.affine=true", "mixer.gate.kind=scalar_head"]),
     ("llama/lizard", &["mixer.gate.kind=pooled", "mixer.gate.normaliser=16", "mixer.sinks=0", "mixer.feature_dim=5"]),
     ("llama/lizard", &["mixer.gate.kind=low_rank", "mixer.gate.normaliser=16"]),
+    ("llama/lizard", &["mixer.exponents=recentred", "mixer.feature_map=exp", "mixer.gate.bias=0"]),
+    ("llama/lizard-paper", &["mixer.exponents=recentred", "mixer.feature_map=exp", "mixer.gate.bias=0"]),
     ("llama/lizard-paper", &["mixer.meta=kv", "mixer.alpha_per_head=true", "mixer.rotary=true"]),
     ("llama/lawcat", &["mixer.window=16", "mixer.tie_qk=false"]),
     ("llama/lawcat", &["mixer.window=16", "mixer.conv=2", "mixer.gate.kind=scalar_head"]),

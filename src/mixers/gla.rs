@@ -19,7 +19,7 @@ use super::parts::output::{Finish, Output, OutputGate};
 use super::pass::Pass;
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::params::Param;
 
@@ -185,9 +185,9 @@ impl Linear for Gla {
         let (q, k) = self.maps.apart(qkv)?;
         let gates = self.decays.log(x)?;
         match self.config.normalise {
-            Normalise::Sum => pass.normalised("s", [&q, &k, v], &gates, MIN_DENOMINATOR),
+            Normalise::Sum => pass.normalised("s", GatedLinearAttn::UNSCALED, [&q, &k, v], &gates, MIN_DENOMINATOR),
             Normalise::None => {
-                let op = GatedLinearAttn { scale: self.config.scale, gated: Channels::Keys };
+                let op = GatedLinearAttn { scale: self.config.scale, ..GatedLinearAttn::UNSCALED };
                 pass.gated("s", op, [&q, &k, v], &gates)
             }
         }

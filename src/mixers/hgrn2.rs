@@ -20,7 +20,7 @@ use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 use crate::ops::gate::{Curve, Gate, sigmoid};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::softmax_attn::softmax;
 use crate::params::{Init, Param, named};
 
@@ -153,7 +153,7 @@ impl Linear for Hgrn2 {
         };
         let (gates, k) = self.gates(x)?;
         let like = |t: &Tensor| t.to_dtype(v.dtype());
-        let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+        let op = GatedLinearAttn::UNSCALED;
         pass.gated("s", op, [&like(&q)?, &like(&k)?, v], &gates)
     }
     fn decays(&self, x: &Heads) -> Result<Option<Tensor>> {

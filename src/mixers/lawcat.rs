@@ -17,6 +17,7 @@ use super::parts::shared::{Branch, Shared};
 use super::pass::{Pass, repeat};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -158,6 +159,7 @@ impl Linear for Lawcat {
             queries: self.maps.queries(&q)?,
             gates: self.decays.log(x)?,
             // The keys behind the window are those of before, convolved then.
+            op: GatedLinearAttn::UNSCALED,
             keys: &|_, pass| self.maps.own_keys(&pass.behind("left", &own, size)?.narrow(1, 0, time)?),
         };
         self.shared.mix(x, v, pass, &branch)

@@ -18,6 +18,7 @@ use super::parts::shared::{Branch, Shared};
 use super::pass::Pass;
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+use crate::ops::gated_linear_attn::{Exponents, GatedLinearAttn};
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -46,6 +47,9 @@ pub struct Config {
     pub tie_qk: bool,
     /// What the linear branch forgets.
     pub gate: Gate,
+    /// How decays between rows are formed: `pairwise`, or `recentred`, the paper's reparametrisation, which raises log decays
+    /// to at least -1 in training and decoding; the paper's `feature_map` with it is `exp`.
+    pub exponents: Exponents,
 }
 
 impl Default for Config {
@@ -59,6 +63,7 @@ impl Default for Config {
             feature_dim: 0,
             tie_qk: false,
             gate: Gate::of(GateKind::ScalarToken),
+            exponents: Exponents::Pairwise,
         }
     }
 }
@@ -77,7 +82,13 @@ fn variants() -> Vec<Box<dyn Design>> {
             feature_dim: 4,
             ..gate(Gate { normaliser: 16.0, ..Gate::of(GateKind::Pooled) })
         },
-        Config { window: 0, sinks: 0, tie_qk: true, ..base },
+        Config { window: 0, sinks: 0, tie_qk: true, ..base.clone() },
+        Config {
+            feature_map: FeatureMap::Exp,
+            feature_dim: 4,
+            exponents: Exponents::Recentred,
+            ..gate(Gate { bias: 0.5, ..Gate::of(GateKind::ScalarHead) })
+        },
     ];
     list.into_iter().map(|c| Box::new(c) as Box<dyn Design>).collect()
 }
@@ -115,7 +126,8 @@ impl Design for Config {
         let form = self.form(a);
         let linear = Lizard {
             maps: form.build(a, &params),
-            decays: self.gate.build(a, layer, form.width(), &params),
+            decays: self.gate.build(a, layer, form.width(), &params).raised(self.exponents),
+            op: GatedLinearAttn { exponents: self.exponents, ..GatedLinearAttn::UNSCALED },
             shared: Shared::build(self.window, self.affine, SINKS, &params),
         };
         Box::new(Layer { linear, beside: None, params })
@@ -148,6 +160,7 @@ impl Design for Config {
 struct Lizard {
     maps: Maps,
     decays: Decays,
+    op: GatedLinearAttn,
     shared: Shared,
 }
 
@@ -156,6 +169,7 @@ impl Linear for Lizard {
         let branch = Branch {
             queries: self.maps.queries(x.rotated()?)?,
             gates: self.decays.log(x)?,
+            op: self.op,
             keys: &|k, _| self.maps.keys(k),
         };
         self.shared.mix(x, v, pass, &branch)

@@ -20,6 +20,7 @@ use super::parts::maps::{FeatureMap, Form, Maps};
 use super::pass::{Pass, wide_of};
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
+use crate::ops::gated_linear_attn::{Exponents, GatedLinearAttn};
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::ops::mix::mix;
 use crate::params::{Init, Param, named};
@@ -50,6 +51,9 @@ pub struct Config {
     pub feature_dim: usize,
     /// What the linear branch forgets.
     pub gate: Gate,
+    /// How decays between rows are formed: `pairwise`, or `recentred`, the paper's reparametrisation, which raises log decays
+    /// to at least -1 in training and decoding; the paper's `feature_map` with it is `exp`.
+    pub exponents: Exponents,
     /// Start of the window's weight α.
     pub alpha: f64,
     /// One α per head instead of one per layer.
@@ -76,6 +80,7 @@ impl Default for Config {
             feature_map: FeatureMap::SoftmaxDim,
             feature_dim: 0,
             gate: Gate::of(GateKind::ScalarToken),
+            exponents: Exponents::Pairwise,
             alpha: 1.0,
             alpha_per_head: false,
         }
@@ -87,7 +92,13 @@ fn variants() -> Vec<Box<dyn Design>> {
     let list = [
         base.clone(),
         Config { meta: Meta::Kv, alpha_per_head: true, ..base.clone() },
-        Config { meta_tokens: 0, rotary: true, gate: Gate::of(GateKind::ScalarHead), ..base },
+        Config { meta_tokens: 0, rotary: true, gate: Gate::of(GateKind::ScalarHead), ..base.clone() },
+        Config {
+            feature_map: FeatureMap::Exp,
+            exponents: Exponents::Recentred,
+            gate: Gate { bias: 0.5, ..base.gate.clone() },
+            ..base
+        },
     ];
     list.into_iter().map(|c| Box::new(c) as Box<dyn Design>).collect()
 }
@@ -138,7 +149,8 @@ impl Design for Config {
             size: self.window,
             rotary: self.rotary,
             maps: form.build(a, &params),
-            decays: self.gate.build(a, layer, form.width(), &params),
+            decays: self.gate.build(a, layer, form.width(), &params).raised(self.exponents),
+            op: GatedLinearAttn { exponents: self.exponents, ..GatedLinearAttn::UNSCALED },
             sinks: find(SINKS),
             meta: find(META[0]).zip(find(META[1])),
             alpha: find(ALPHA),
@@ -171,6 +183,7 @@ struct LizardPaper {
     rotary: bool,
     maps: Maps,
     decays: Decays,
+    op: GatedLinearAttn,
     sinks: Option<Param>,
     /// Keys and values [m, Hkv, D] of meta tokens.
     meta: Option<(Param, Param)>,
@@ -240,7 +253,7 @@ fn read(weights: &Tensor, values: &Tensor) -> Result<Tensor> {
 impl Linear for LizardPaper {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let (q, k) = self.maps.apart(&x.qkv)?;
-        let gated = pass.normalised("s", [&q, &k, v], &self.decays.log(x)?, MIN_DENOMINATOR)?;
+        let gated = pass.normalised("s", self.op, [&q, &k, v], &self.decays.log(x)?, MIN_DENOMINATOR)?;
         let anchor = self.anchor(x, v, pass)?;
         pass.of_window(|| Ok(anchor.clone()))?;
         gated + anchor

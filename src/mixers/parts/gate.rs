@@ -9,6 +9,7 @@ use crate::mixers::linear::project;
 use crate::mixers::pass::wide_of;
 use crate::mixers::{Heads, Spec};
 use crate::ops::gate::{self, Curve};
+use crate::ops::gated_linear_attn::Exponents;
 use crate::params::{Init, Param, named};
 
 /// Where the decay comes from.
@@ -117,7 +118,7 @@ impl Gate {
             _ => Vec::new(),
         };
         let pool = (self.kind == GateKind::Pooled && width != a.head_dim).then_some(width);
-        Decays { gate: self.clone(), tensors: names.iter().filter_map(find).collect(), fixed, width, pool }
+        Decays { gate: self.clone(), tensors: names.iter().filter_map(find).collect(), fixed, width, pool, floor: None }
     }
 
     /// Multiply-adds times two per token.
@@ -137,11 +138,24 @@ pub struct Decays {
     width: usize,
     /// Channels per key head that keys are averaged to, where not their own.
     pool: Option<usize>,
+    /// Log decays below it count as that, without gradient.
+    floor: Option<f64>,
 }
 
 impl Decays {
+    /// The same with log decays that `exponents` can be formed of.
+    pub fn raised(self, exponents: Exponents) -> Decays {
+        let floor = (exponents == Exponents::Recentred).then(|| exponents.floor());
+        Decays { floor, ..self }
+    }
+
     /// Log decays: [B, T, H], [B, T, H, width] where they are per channel.
     pub fn log(&self, x: &Heads) -> Result<Tensor> {
+        let g = self.unbounded(x)?;
+        self.floor.map_or(Ok(g.clone()), |floor| g.maximum(floor))
+    }
+
+    fn unbounded(&self, x: &Heads) -> Result<Tensor> {
         let (b, t, _, _) = x.qkv.dims4()?;
         let h = x.heads;
         // ln σ / τ of as many groups of heads.

@@ -19,6 +19,8 @@ pub enum FeatureMap {
     SoftmaxDim,
     /// exp(u - max u) and exp(min u - u) side by side, u = xW.
     ExpDim,
+    /// exp(u) and exp(-u) side by side, u = xW: no shift, so that tokens keep the sizes they have to each other.
+    Exp,
     /// relu(xW + b), the map of T2R.
     Relu,
     /// elu(x) + 1, without parameters.
@@ -87,7 +89,7 @@ impl Form {
     /// Features per head.
     pub fn width(&self) -> usize {
         match self.kind {
-            FeatureMap::SoftmaxDim | FeatureMap::ExpDim => 2 * self.cols,
+            FeatureMap::SoftmaxDim | FeatureMap::ExpDim | FeatureMap::Exp => 2 * self.cols,
             FeatureMap::Relu => self.cols,
             FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => self.cols,
             FeatureMap::Taylor => 1 + self.cols + self.cols * (self.cols + 1) / 2,
@@ -222,6 +224,7 @@ impl Maps {
             FeatureMap::SoftmaxDim => feature_map::Activation::SoftmaxDim,
             FeatureMap::ExpDim => feature_map::Activation::ExpDim,
             FeatureMap::Relu => feature_map::Activation::Relu,
+            FeatureMap::Exp => return exponentials(&projected(packed, sources, &weight, &bias)?),
             FeatureMap::Taylor => return taylor(&projected(packed, sources, &weight, &bias)?),
             FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => {
                 candle_core::bail!("a map without weights has none")
@@ -263,6 +266,12 @@ fn projected(packed: &Tensor, sources: &[usize], weight: &Tensor, bias: &Tensor)
     let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
     let x = packed.contiguous()?.index_select(&index, 2)?.transpose(1, 2)?.contiguous()?;
     x.broadcast_matmul(weight)?.transpose(1, 2)?.broadcast_add(bias)?.contiguous()
+}
+
+/// e^u and e^-u of `u` [B, T, H, C]: [B, T, H, 2 C].
+fn exponentials(u: &Tensor) -> Result<Tensor> {
+    let wide = wide_of(u)?;
+    Tensor::cat(&[&wide, &wide.neg()?], 3)?.exp()?.maximum(1e-12)?.to_dtype(u.dtype())
 }
 
 /// The second-order Taylor map of `u` [B, T, H, C] (arXiv 2402.18668), the upper triangle only:
