@@ -52,6 +52,11 @@ pub enum Init {
     Ramp {
         step: f64,
     },
+    /// The logit of l / `layers` in layer l, or of `least` where that is more.
+    Depth {
+        least: f64,
+        layers: usize,
+    },
     /// softplus⁻¹ of step sizes spread evenly over the logarithm of `low..high`: biases of step sizes.
     Steps {
         low: f64,
@@ -69,6 +74,7 @@ impl fmt::Display for Init {
             Init::Normal { std, .. } => write!(f, "normal with deviation {std:.4}"),
             Init::LastTap { others } => write!(f, "at 1 in the last tap, {others:.4} in the others"),
             Init::Ramp { step } => write!(f, "at 0, {step}, {:.1}, ...", 2.0 * step),
+            Init::Depth { layers, .. } => write!(f, "at the logit of layer / {layers}"),
             Init::Steps { low, high, .. } => write!(f, "at step sizes from {low} to {high}"),
         }
     }
@@ -89,6 +95,10 @@ impl Init {
                 (0..count).map(|i| if (i + 1) % taps == 0 { 1.0 } else { others as f32 }).collect()
             }
             Init::Ramp { step } => (0..count).map(|i| (step * i as f64) as f32).collect(),
+            Init::Depth { least, layers } => {
+                let share = (layer as f64 / layers as f64).max(least);
+                vec![(share / (1.0 - share)).ln() as f32; count]
+            }
             Init::Uniform { bound, stream } => {
                 let mut rng = stream_of(seed, layer, stream);
                 (0..count).map(|_| rng.random_range(-bound..=bound) as f32).collect()
@@ -519,6 +529,10 @@ mod tests {
         assert_eq!(one, start(1, 0, 7));
         for other in [start(2, 0, 7), start(1, 1, 7), start(1, 0, 8)] {
             assert_ne!(one, other);
+        }
+        let depth = |layer| values(Init::Depth { least: 0.02, layers: 8 }.tensor(&[2], 1, layer).unwrap());
+        for (layer, share) in [(0, 0.02), (1, 0.125), (7, 0.875)] {
+            assert!(depth(layer).iter().all(|x| (1.0 / (1.0 + (-x).exp()) - share).abs() < 1e-6), "layer {layer}");
         }
         let eye = |shape: &[usize]| values(Init::Identity.tensor(shape, 1, 0).unwrap());
         assert_eq!(eye(&[2, 2, 3]), [1., 0., 0., 0., 1., 0., 1., 0., 0., 0., 1., 0.]);

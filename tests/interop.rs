@@ -190,7 +190,7 @@ fn mixer(name: &str, sets: &[&str]) -> Mixer {
 }
 
 /// Settings that no shipped recipe has.
-const VARIANTS: [(&str, &[&str]); 25] = [
+const VARIANTS: [(&str, &[&str]); 26] = [
     ("llama/lolcats", &["mixer.window_kind=terraced"]),
     ("llama/lolcats", &["mixer.affine=true", "mixer.feature_map=exp_dim", "mixer.feature_dim=4"]),
     ("llama/lolcats", &["mixer.tie_qk=true", "mixer.skip_connection=true", "mixer.feature_dim=32"]),
@@ -207,6 +207,7 @@ const VARIANTS: [(&str, &[&str]); 25] = [
     ("llama/gla", &["mixer.feature_map=silu", "mixer.normalise=none", "mixer.output={norm=true,gate='silu'}"]),
     ("llama/gla", &["mixer.gate.kind=mamba2", "mixer.window.size=0", "mixer.output={norm=false,gate='sigmoid'}"]),
     ("llama/hgrn2", &["mixer.lower_bound=false", "mixer.query_map=silu", "mixer.output={norm=true,gate='silu'}"]),
+    ("llama/hgrn2", &["mixer.bound_start=cumulative"]),
     ("llama/gsa", &["mixer.slots=0", "mixer.feature_map=silu", "mixer.output={norm=true,gate='sigmoid'}"]),
     ("llama/gsa", &["mixer.slots=5", "mixer.gate={kind='pooled',normaliser=16.0}", "mixer.window.size=0"]),
     ("llama/delta", &["mixer.rotary=true", "mixer.conv=3", "mixer.silu=true", "mixer.scale=0.5"]),
