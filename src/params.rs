@@ -34,6 +34,9 @@ pub enum Init {
     Constant(f64),
     /// Every matrix of the last two axes is the rectangular identity.
     Identity,
+    /// The principal directions of what the layer sees of the training text, which are set once there is some; till then
+    /// the identity.
+    Principal,
     /// U(-bound, bound); tensors of a layer with the same `stream` start alike.
     Uniform {
         bound: f64,
@@ -69,6 +72,7 @@ impl fmt::Display for Init {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Init::Identity => write!(f, "as the identity"),
+            Init::Principal => write!(f, "at principal directions of queries and keys"),
             Init::Constant(value) => write!(f, "at {value:.4}"),
             Init::Uniform { bound, .. } => write!(f, "uniform in ±{bound:.4}"),
             Init::Normal { std, .. } => write!(f, "normal with deviation {std:.4}"),
@@ -86,7 +90,7 @@ impl Init {
         let count: usize = shape.iter().product();
         let data: Vec<f32> = match self {
             Init::Constant(value) => vec![value as f32; count],
-            Init::Identity => {
+            Init::Identity | Init::Principal => {
                 let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
                 (0..count).map(|i| ((i / cols) % rows == i % cols) as u8 as f32).collect()
             }

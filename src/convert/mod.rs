@@ -11,6 +11,7 @@ pub mod merge;
 pub mod plan;
 pub mod recover;
 pub mod select;
+pub mod start;
 pub mod swap;
 mod texts;
 pub mod trained;
@@ -151,6 +152,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let teacher = Net::teacher(model.architecture());
     let design = recipe.mixer.design();
     let mut student = swap::swap(model.architecture(), design, &plan.layers.converted, recipe.seed, device)?;
+
+    start::measure(&decoder, &teacher, &student, design, &texts.main.train(early.row_len)?, recipe.seed)?;
 
     let valid = texts.main.valid(early.row_len)?.limit(recipe.verify.tokens);
     let mut stages = vec![measure("teacher", &decoder, &teacher, None, &valid, &mut run, progress)?];

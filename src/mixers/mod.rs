@@ -65,6 +65,15 @@ pub trait Design {
     fn check(&self, architecture: &Architecture) -> std::result::Result<(), String>;
     /// The tensors it adds to a layer.
     fn specs(&self, architecture: &Architecture) -> Vec<Spec>;
+    /// Whether some tensors start at what their layer sees of the training text.
+    fn measures(&self) -> bool {
+        false
+    }
+    /// The starts of such tensors by their names in `specs`, from the heads of a layer and the teacher's attention weights
+    /// [B, H, T, T].
+    fn measure(&self, _: &Architecture, _: &Heads, _: &Tensor) -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(Vec::new())
+    }
     /// The mixer of a layer with its tensors, in the order of `specs`.
     fn build(&self, architecture: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer>;
     /// Bytes of one sequence's state after `context` tokens, in one layer; keys and values take `element` bytes.
