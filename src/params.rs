@@ -37,6 +37,8 @@ pub enum Init {
     /// The principal directions of what the layer sees of the training text, which are set once there is some; till then
     /// the identity.
     Principal,
+    /// Forgetting at the distances that heads attend over, which is set once there is text; till then 4.
+    Attended,
     /// U(-bound, bound); tensors of a layer with the same `stream` start alike.
     Uniform {
         bound: f64,
@@ -73,6 +75,7 @@ impl fmt::Display for Init {
         match self {
             Init::Identity => write!(f, "as the identity"),
             Init::Principal => write!(f, "at principal directions of queries and keys"),
+            Init::Attended => write!(f, "at the distances heads attend over"),
             Init::Constant(value) => write!(f, "at {value:.4}"),
             Init::Uniform { bound, .. } => write!(f, "uniform in ±{bound:.4}"),
             Init::Normal { std, .. } => write!(f, "normal with deviation {std:.4}"),
@@ -90,6 +93,7 @@ impl Init {
         let count: usize = shape.iter().product();
         let data: Vec<f32> = match self {
             Init::Constant(value) => vec![value as f32; count],
+            Init::Attended => vec![4.0; count],
             Init::Identity | Init::Principal => {
                 let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
                 (0..count).map(|i| ((i / cols) % rows == i % cols) as u8 as f32).collect()

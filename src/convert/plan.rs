@@ -164,6 +164,7 @@ impl Plan {
         let converted = recipe.converted(a).map_err(refuse)?;
         let design = recipe.mixer.design();
         design.check(a).map_err(refuse)?;
+        design.gate(a).map_or(Ok(()), |(gate, _)| gate.check()).map_err(refuse)?;
         for (name, stage) in recipe.in_order() {
             if let Some((key, text)) = stage.problems().into_iter().next() {
                 return Err(refuse(format!("`stage.{name}.{key}` {text}")));

@@ -22,7 +22,7 @@ pub fn measure(
     train: &Split,
     seed: u64,
 ) -> Result<()> {
-    if !design.measures() {
+    if !design.measures(&decoder.architecture) {
         return Ok(());
     }
     train.require(1)?;

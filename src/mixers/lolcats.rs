@@ -147,7 +147,7 @@ impl Design for Config {
         specs
     }
 
-    fn measures(&self) -> bool {
+    fn measures(&self, _: &Architecture) -> bool {
         self.principal_init
     }
 
