@@ -68,7 +68,7 @@ fn maps_start_at_the_principal_directions_of_their_head() -> Result {
         assert_eq!(weights[0], weights[1]);
         for head in 0..a.heads {
             let cell = |i: usize, c: usize| weights[0][(head * d + i) * cols + c];
-            let rows = |head: usize| Ok::<_, candle_core::Error>(rotated.narrow(2, head, 1)?.reshape(((), d))?);
+            let rows = |head: usize| rotated.narrow(2, head, 1)?.reshape(((), d));
             let x = Tensor::cat(&[rows(head)?, rows(a.heads + head / group)?], 0)?;
             let x = x.broadcast_sub(&x.mean_keepdim(0)?)?.to_vec2::<f64>()?;
             let spread = |way: &dyn Fn(usize) -> f64| -> f64 {
