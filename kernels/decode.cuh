@@ -68,7 +68,7 @@ __device__ __forceinline__ void activate(float* out, const float* parts, int par
         u[i] = z;
         top = fmaxf(top, z), low = fminf(low, z);
     }
-    if (activation >= 2) {
+    if (activation == 2 || activation == 3) {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int c = lane + WARP * i;
@@ -78,6 +78,7 @@ __device__ __forceinline__ void activate(float* out, const float* parts, int par
         return;
     }
     top = warp_max(top), low = -warp_max(-low);
+    if (activation == 9) top = low = 0.0f;  // exponentials without a shift
     float up = 0.0f, down = 0.0f;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {

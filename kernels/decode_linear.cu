@@ -9,7 +9,7 @@
 namespace margay {
 
 // Of queries, and of keys. Mirrored in src/ops/decode/linear.rs, as all below.
-enum Map { SOFTMAX_DIM = 0, EXP_DIM = 1, RELU = 2, ELU = 3, SOFTMAX = 4, IDENTITY = 5, SILU = 6, UNIT = 7, RELEASED = 8 };
+enum Map { SOFTMAX_DIM = 0, EXP_DIM = 1, RELU = 2, ELU = 3, SOFTMAX = 4, IDENTITY = 5, SILU = 6, UNIT = 7, RELEASED = 8, EXP = 9 };
 enum Gate { KEEP = 0, FIXED = 1, SCALAR = 2, STEP_SIZE = 3, LOW_RANK = 4, POOLED = 5, BOUNDED = 6 };
 enum Rule { GATED = 0, DELTA = 1, SLOTS = 2, MAGNITUDE = 3, AUGMENTED = 4 };
 enum Joined { ALONE = 0, BESIDE = 1, SHARED = 2, ANCHORED = 3 };
@@ -45,7 +45,7 @@ struct Linear {
     int decay_at, beta_at, mix_at, out_at;  // columns of `read`; -1: none
     int map_of_q, map_of_k, gate_kind, rule, joined;
     int rotary, window_rotary, own_keys, silu, silu_values, one_gate, written, normalised, affine, silu_out;
-    float scale, tau, eps;
+    float scale, tau, lowest, eps;
 };
 
 namespace {
@@ -296,7 +296,7 @@ template <int ROWS> __global__ void __launch_bounds__(STEP) linear(const Linear 
             const float bound = p.gate != nullptr ? sigmoid(p.gate[head]) : 0.0f, u = raw_k[f];
             x = p.gate != nullptr ? logf(bound + (1.0f - bound) * sigmoid(u)) : log_sigmoid(u);
         }
-        g[f] = fmaxf(x, -128.0f);
+        g[f] = fmaxf(x, p.lowest);
     }
     __syncthreads();
 

@@ -126,7 +126,7 @@ impl<'a> Continuation<'a> {
                 let ids = Tensor::new(prompt, &decoder.device)?.unsqueeze(0)?;
                 let hidden = decoder.extend(&ids, net, &mut states)?;
                 let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.flatten(0, 1)?.contiguous()?;
-                let logits = decoder.logits(&last)?;
+                let logits = decoder.logits(&last, net)?;
                 (logits, none.insert(Steps::new(decoder, net, states, 1, self.room)))
             }
         };

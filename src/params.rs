@@ -1,4 +1,6 @@
-//! Named weights that train, and changes of frozen ones: LoRA, and projections in full.
+//! Named weights that train, and changes of frozen ones: LoRA, and tensors in full.
+
+mod whole;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::families::{Architecture, Projection};
+use crate::families::{Architecture, Projection, Role};
 use crate::ops::linear::{linear, project};
 
 /// One trainable tensor: f32 whatever the model's precision, because low-precision updates vanish.
@@ -32,6 +34,11 @@ pub enum Init {
     Constant(f64),
     /// Every matrix of the last two axes is the rectangular identity.
     Identity,
+    /// The principal directions of what the layer sees of the training text, which are set once there is some; till then
+    /// the identity.
+    Principal,
+    /// Forgetting at the distances that heads attend over, which is set once there is text; till then 4.
+    Attended,
     /// U(-bound, bound); tensors of a layer with the same `stream` start alike.
     Uniform {
         bound: f64,
@@ -50,6 +57,11 @@ pub enum Init {
     Ramp {
         step: f64,
     },
+    /// The logit of l / `layers` in layer l, or of `least` where that is more.
+    Depth {
+        least: f64,
+        layers: usize,
+    },
     /// softplus⁻¹ of step sizes spread evenly over the logarithm of `low..high`: biases of step sizes.
     Steps {
         low: f64,
@@ -62,11 +74,14 @@ impl fmt::Display for Init {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Init::Identity => write!(f, "as the identity"),
+            Init::Principal => write!(f, "at principal directions of queries and keys"),
+            Init::Attended => write!(f, "at the distances heads attend over"),
             Init::Constant(value) => write!(f, "at {value:.4}"),
             Init::Uniform { bound, .. } => write!(f, "uniform in ±{bound:.4}"),
             Init::Normal { std, .. } => write!(f, "normal with deviation {std:.4}"),
             Init::LastTap { others } => write!(f, "at 1 in the last tap, {others:.4} in the others"),
             Init::Ramp { step } => write!(f, "at 0, {step}, {:.1}, ...", 2.0 * step),
+            Init::Depth { layers, .. } => write!(f, "at the logit of layer / {layers}"),
             Init::Steps { low, high, .. } => write!(f, "at step sizes from {low} to {high}"),
         }
     }
@@ -78,7 +93,8 @@ impl Init {
         let count: usize = shape.iter().product();
         let data: Vec<f32> = match self {
             Init::Constant(value) => vec![value as f32; count],
-            Init::Identity => {
+            Init::Attended => vec![4.0; count],
+            Init::Identity | Init::Principal => {
                 let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
                 (0..count).map(|i| ((i / cols) % rows == i % cols) as u8 as f32).collect()
             }
@@ -87,6 +103,10 @@ impl Init {
                 (0..count).map(|i| if (i + 1) % taps == 0 { 1.0 } else { others as f32 }).collect()
             }
             Init::Ramp { step } => (0..count).map(|i| (step * i as f64) as f32).collect(),
+            Init::Depth { least, layers } => {
+                let share = (layer as f64 / layers as f64).max(least);
+                vec![(share / (1.0 - share)).ln() as f32; count]
+            }
             Init::Uniform { bound, stream } => {
                 let mut rng = stream_of(seed, layer, stream);
                 (0..count).map(|_| rng.random_range(-bound..=bound) as f32).collect()
@@ -117,12 +137,13 @@ fn stream_of(seed: u64, layer: usize, stream: u64) -> ChaCha8Rng {
     rng
 }
 
-/// Changes of frozen projections that train in their stead, so that teacher and student share the weights: LoRA,
-/// `y += scale * (x Aᵀ) Bᵀ`, and changes in full, `y += x Δᵀ`. Those of one projection add up. All of them start without
+/// Changes of frozen weights that train in their stead, so that teacher and student share the weights: of projections
+/// LoRA, `y += scale * (x Aᵀ) Bᵀ`, and changes in full, `y += x Δᵀ`, which add up; of all else `w + Δ`. They start without
 /// effect, train until they are put to rest, and are merged into their weights at the end.
 #[derive(Default)]
 pub struct Adapters {
     changes: BTreeMap<(usize, Projection), Vec<Change>>,
+    whole: BTreeMap<Role, whole::Whole>,
 }
 
 struct Change {
@@ -157,8 +178,8 @@ impl LowRank {
 /// Something of an adapter that trains.
 pub struct Adapted {
     pub param: Param,
-    pub layer: usize,
-    pub projection: Projection,
+    /// Where it is in one.
+    pub layer: Option<usize>,
     /// Of a change in full, not of LoRA.
     pub full: bool,
 }
@@ -167,6 +188,7 @@ impl Adapters {
     /// Puts everything to rest: it goes on acting, without gradient and without dropout.
     pub fn rest(&mut self) {
         self.changes.values_mut().flatten().for_each(|change| change.trains = false);
+        self.whole.values_mut().for_each(|change| change.trains = false);
     }
 
     /// LoRA beside what is there, training. A starts U(±1/√in), B at zero: nothing changes yet.
@@ -277,12 +299,12 @@ impl Adapters {
                         var: (*var).clone(),
                         scalar: false,
                     },
-                    layer: *layer,
-                    projection: *projection,
+                    layer: Some(*layer),
                     full: matches!(change.form, Form::Full { .. }),
                 }));
             }
         }
+        found.extend(self.trained_whole());
         found
     }
 
@@ -338,6 +360,7 @@ impl Adapters {
     /// Drops the changes of a layer: its weights are the frozen ones again.
     pub fn forget(&mut self, layer: usize) {
         self.changes.retain(|(l, _), _| *l != layer);
+        self.whole.retain(|role, _| role.layer() != Some(layer));
     }
 
     /// Whether a projection of a layer is changed.
@@ -514,6 +537,10 @@ mod tests {
         assert_eq!(one, start(1, 0, 7));
         for other in [start(2, 0, 7), start(1, 1, 7), start(1, 0, 8)] {
             assert_ne!(one, other);
+        }
+        let depth = |layer| values(Init::Depth { least: 0.02, layers: 8 }.tensor(&[2], 1, layer).unwrap());
+        for (layer, share) in [(0, 0.02), (1, 0.125), (7, 0.875)] {
+            assert!(depth(layer).iter().all(|x| (1.0 / (1.0 + (-x).exp()) - share).abs() < 1e-6), "layer {layer}");
         }
         let eye = |shape: &[usize]| values(Init::Identity.tensor(shape, 1, 0).unwrap());
         assert_eq!(eye(&[2, 2, 3]), [1., 0., 0., 0., 1., 0., 1., 0., 0., 0., 1., 0.]);

@@ -491,6 +491,67 @@ fn the_last_stage_may_have_its_own_text() {
     assert!(answers != all, "without its mask the last stage learns something else");
 }
 
+/// Norms, embedding and head by name: merged, exported once where they are one tensor, and kept apart in the adapter.
+#[test]
+fn norms_embeddings_and_head_train_by_name() {
+    let all =
+        "stage.recover.train=['mixer','input_layernorm','post_attention_layernorm','norm','embed_tokens','lm_head']";
+    // Apart; tied; tied and saved under both names, or under that of the head alone.
+    let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
+    for (case, tied, twice) in [
+        ("apart", None, false),
+        ("tied", Some(embedding), false),
+        ("both", Some(embedding), true),
+        ("head", Some(head), false),
+    ] {
+        let home = Home::new(&config(), Style { tied, ..PLAIN });
+        if twice {
+            let file = home.model().join("model.safetensors");
+            let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+            tensors.insert(head.into(), tensors[embedding].clone());
+            candle_core::safetensors::save(&tensors, &file).unwrap();
+        }
+        let job = home.job(case, &["layers=[1]", all]);
+        let report = done(&job);
+        assert!(report.passed(), "{case}");
+        let (first, best) = losses(&job.out, "recover");
+        assert!(best < first, "{case}: {first} to {best}");
+
+        let manifest = manifest(&job.out);
+        let merged = manifest.merged.as_ref().unwrap();
+        assert_eq!(merged.weights, if tied.is_some() { 4 } else { 5 }, "{case}");
+        assert!(merged.max_logit_difference < 1e-5 * merged.max_logit.max(1.0), "{case}");
+        let (before, after) = (tensors(&home.model()), tensors(&job.out));
+        let changed: Vec<&str> = before
+            .iter()
+            .filter(|(name, bytes)| after.get(*name) != Some(bytes))
+            .map(|(name, _)| name.as_str())
+            .collect();
+        let mut wanted = vec![
+            "model.layers.1.input_layernorm.weight",
+            "model.layers.1.post_attention_layernorm.weight",
+            "model.norm.weight",
+        ];
+        wanted.extend(if tied == Some(head) {
+            vec![head]
+        } else if tied.is_some() && !twice {
+            vec![embedding]
+        } else {
+            vec![embedding, head]
+        });
+        wanted.sort();
+        assert_eq!(changed, wanted, "{case}");
+        assert_eq!(
+            [embedding, head].iter().filter(|name| after.contains_key(**name)).count(),
+            if tied.is_some() { 1 } else { 2 },
+            "{case}"
+        );
+        let apart =
+            candle_core::safetensors::load(job.out.join("adapter/changed.safetensors"), &candle_core::Device::Cpu);
+        assert_eq!(apart.unwrap().len(), merged.weights, "{case}");
+    }
+}
+
 #[test]
 fn only_a_stage_of_the_recipe_is_stopped_after() {
     let home = Home::tiny();

@@ -26,7 +26,7 @@ fn fixture() -> (Decoder, Net, Tokenizer) {
 /// Log-probability of every token but the first.
 fn log_p(decoder: &Decoder, net: &Net, ids: &[u32]) -> Vec<f64> {
     let input = Tensor::new(&ids[..ids.len() - 1], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let logits = decoder.logits(&decoder.hidden(&input, net).unwrap()).unwrap().i(0).unwrap();
+    let logits = decoder.logits(&decoder.hidden(&input, net).unwrap(), net).unwrap().i(0).unwrap();
     let rows = logits.to_vec2::<f32>().unwrap();
     let one = |(row, id): (&Vec<f32>, &u32)| {
         let sum: f64 = row.iter().map(|z| (*z as f64).exp()).sum();

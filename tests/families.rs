@@ -27,7 +27,7 @@ fn ids(list: &[u32]) -> Tensor {
 
 /// Logits [T, V] of whole sequences.
 fn logits(decoder: &Decoder, net: &Net, tokens: &[u32]) -> Tensor {
-    decoder.logits(&decoder.hidden(&ids(tokens), net).unwrap()).unwrap().squeeze(0).unwrap()
+    decoder.logits(&decoder.hidden(&ids(tokens), net).unwrap(), net).unwrap().squeeze(0).unwrap()
 }
 
 /// Logits, greedy continuation by recurrent decoding and mean loss of a `reference.json`, all made in float64.
@@ -83,11 +83,12 @@ fn matches_reference(folder: &Path) {
         tokens: &next,
         mask: None,
         teacher: None,
+        teacher_head: None,
         ce_weight: 1.0,
         kl_weight: 0.0,
         kl: margay::recipe::Kl::default(),
     };
-    let sums = measure(&hidden, decoder.head(), &target).unwrap();
+    let sums = measure(&hidden, decoder.head(None).unwrap(), &target).unwrap();
     assert!((sums.nll / sums.rows - wanted["eval_mean_nll"].as_f64().unwrap()).abs() < 1e-5);
 }
 
@@ -287,7 +288,7 @@ fn every_setting_of_the_decoder_equals_its_definition() {
         let mut parts = Vec::new();
         for piece in [&TOKENS[..9], &TOKENS[9..10], &TOKENS[10..21], &TOKENS[21..22], &TOKENS[22..]] {
             let hidden = decoder.extend(&ids(piece), &net, &mut states).unwrap();
-            parts.push(decoder.logits(&hidden).unwrap().squeeze(0).unwrap());
+            parts.push(decoder.logits(&hidden, &net).unwrap().squeeze(0).unwrap());
         }
         close(&format!("{what}, decoded in pieces"), &Tensor::cat(&parts, 0).unwrap(), &y, 2e-5);
     }

@@ -92,8 +92,8 @@ impl Case {
         Case { model, decoder, net, linearization }
     }
 
-    /// Merges LoRA of rank 2 and 3 into every other layer, 4 more into one projection, and with `full` a change of a whole
-    /// weight; keeps them apart in the export `dir`.
+    /// Merges LoRA of rank 2 and 3 into every other layer, 4 more into one projection, and with `full` changes of a whole
+    /// weight, the norms, the embeddings and the head; keeps them apart in the export `dir`.
     fn adapt(&mut self, dir: &Path, full: bool) -> Vec<String> {
         let a = self.decoder.architecture.clone();
         let mut lora = Vec::new();
@@ -112,14 +112,16 @@ impl Case {
         let mut adapters = Adapters::of(lora).unwrap();
         if full {
             adapters.add_full(&a, &[(1, Projection::V)], &Device::Cpu).unwrap();
+            let whole: Vec<_> = a.names.words().flat_map(|word| a.named(word)).collect();
+            adapters.add_whole(&a, &whole, &Device::Cpu).unwrap();
             for trained in adapters.trained() {
                 let noise = (randn(trained.param.var.dims(), 99) * 0.1).unwrap().to_dtype(DType::F32).unwrap();
                 trained.param.var.set(&noise).unwrap();
             }
         }
-        let apart = Adapter::of(&adapters, &self.decoder).unwrap();
+        let apart = Adapter::of(&adapters, &self.decoder, &self.model.description).unwrap();
         let stored = |name: &str| self.model.checkpoint.info(name).map(|i| i.dtype);
-        let merged = fold(&mut self.decoder, &adapters, stored).unwrap();
+        let merged = fold(&mut self.decoder, &adapters, &self.model).unwrap();
         std::fs::create_dir_all(dir).unwrap();
         apart.write("org/base", a.layers, stored, dir, &Silent).unwrap();
         merged
@@ -132,7 +134,7 @@ impl Case {
         let vocab = self.model.architecture().vocab as u32;
         let ids: Vec<u32> = (0..150u32).map(|i| 2 + (i * i * 31 + i * 7 + 11) % (vocab - 2)).collect();
         let all = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let logits = self.decoder.logits(&self.decoder.hidden(&all, &self.net).unwrap()).unwrap();
+        let logits = self.decoder.logits(&self.decoder.hidden(&all, &self.net).unwrap(), &self.net).unwrap();
         let subject = Subject { decoder: &self.decoder, net: &self.net };
         let mut text = Vec::new();
         let push = |id| {
@@ -188,7 +190,7 @@ fn mixer(name: &str, sets: &[&str]) -> Mixer {
 }
 
 /// Settings that no shipped recipe has.
-const VARIANTS: [(&str, &[&str]); 23] = [
+const VARIANTS: [(&str, &[&str]); 26] = [
     ("llama/lolcats", &["mixer.window_kind=terraced"]),
     ("llama/lolcats", &["mixer.affine=true", "mixer.feature_map=exp_dim", "mixer.feature_dim=4"]),
     ("llama/lolcats", &["mixer.tie_qk=true", "mixer.skip_connection=true", "mixer.feature_dim=32"]),
@@ -196,6 +198,8 @@ const VARIANTS: [(&str, &[&str]); 23] = [
     ("llama/lizard", &["mixer.affine=true", "mixer.gate.kind=scalar_head"]),
     ("llama/lizard", &["mixer.gate.kind=pooled", "mixer.gate.normaliser=16", "mixer.sinks=0", "mixer.feature_dim=5"]),
     ("llama/lizard", &["mixer.gate.kind=low_rank", "mixer.gate.normaliser=16"]),
+    ("llama/lizard", &["mixer.exponents=recentred", "mixer.feature_map=exp", "mixer.gate.bias=0"]),
+    ("llama/lizard-paper", &["mixer.exponents=recentred", "mixer.feature_map=exp", "mixer.gate.bias=0"]),
     ("llama/lizard-paper", &["mixer.meta=kv", "mixer.alpha_per_head=true", "mixer.rotary=true"]),
     ("llama/lawcat", &["mixer.window=16", "mixer.tie_qk=false"]),
     ("llama/lawcat", &["mixer.window=16", "mixer.conv=2", "mixer.gate.kind=scalar_head"]),
@@ -203,6 +207,7 @@ const VARIANTS: [(&str, &[&str]); 23] = [
     ("llama/gla", &["mixer.feature_map=silu", "mixer.normalise=none", "mixer.output={norm=true,gate='silu'}"]),
     ("llama/gla", &["mixer.gate.kind=mamba2", "mixer.window.size=0", "mixer.output={norm=false,gate='sigmoid'}"]),
     ("llama/hgrn2", &["mixer.lower_bound=false", "mixer.query_map=silu", "mixer.output={norm=true,gate='silu'}"]),
+    ("llama/hgrn2", &["mixer.bound_start=cumulative"]),
     ("llama/gsa", &["mixer.slots=0", "mixer.feature_map=silu", "mixer.output={norm=true,gate='sigmoid'}"]),
     ("llama/gsa", &["mixer.slots=5", "mixer.gate={kind='pooled',normaliser=16.0}", "mixer.window.size=0"]),
     ("llama/delta", &["mixer.rotary=true", "mixer.conv=3", "mixer.silu=true", "mixer.scale=0.5"]),
@@ -460,7 +465,7 @@ fn official_liger_folders_go_both_ways() {
         let model = Model::open(liger.to_str().unwrap(), &Silent).unwrap();
         let (decoder, net) = (model.decoder(&Device::Cpu, &Silent).unwrap(), model.net(&Device::Cpu).unwrap());
         let expected = candle_core::safetensors::load(export.join(EXPECTED), &Device::Cpu).unwrap();
-        let logits = decoder.logits(&decoder.hidden(&expected["ids"], &net).unwrap()).unwrap();
+        let logits = decoder.logits(&decoder.hidden(&expected["ids"], &net).unwrap(), &net).unwrap();
         assert_eq!(random::flat(&logits), random::flat(&expected["logits"]), "{model_type}");
         rewrite(&liger, Format::Transformers, &SHAPE, &back);
         let config: Value = serde_json::from_slice(&std::fs::read(back.join("config.json")).unwrap()).unwrap();

@@ -178,7 +178,7 @@ fn golden_gated_attention() {
                 close(&format!("{what}, {form}, {dtype:?}"), &y.unwrap().0, &wanted, tolerance);
             }
         };
-        let plain = GatedLinearAttn { scale: (Golden::DIM as f64).powf(-0.5), gated: Channels::Keys };
+        let plain = GatedLinearAttn { scale: (Golden::DIM as f64).powf(-0.5), ..GatedLinearAttn::UNSCALED };
         all_forms("gla", plain, [&q, &k, &v, &g.by_time("in.g_vector")], "out.gla");
         all_forms("scalar decay", plain, [&q, &k, &v, &g.by_time("in.g_scalar")], "out.scalar_decay");
 

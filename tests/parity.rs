@@ -28,7 +28,7 @@ fn tokens(length: usize, vocab: usize) -> Tensor {
 
 /// Logits [T, V] of a whole prompt.
 fn logits(decoder: &Decoder, net: &Net, ids: &Tensor) -> Tensor {
-    decoder.logits(&decoder.hidden(ids, net).unwrap()).unwrap().squeeze(0).unwrap()
+    decoder.logits(&decoder.hidden(ids, net).unwrap(), net).unwrap().squeeze(0).unwrap()
 }
 
 /// In f32; the sums of both programs have other orders, which moves the logits of these models by near 1e-6.
@@ -64,7 +64,7 @@ fn logits_equal_those_of_transformers() {
             let (mut parts, mut at) = (Vec::new(), 0);
             for piece in [70, 1, 1, 50, 28] {
                 let hidden = decoder.extend(&ids.narrow(1, at, piece).unwrap(), &net, &mut states).unwrap();
-                parts.push(decoder.logits(&hidden).unwrap().squeeze(0).unwrap());
+                parts.push(decoder.logits(&hidden, &net).unwrap().squeeze(0).unwrap());
                 at += piece;
             }
             let whole = logits(&decoder, &net, &ids);
@@ -139,14 +139,14 @@ fn blocks_have_the_gradient_of_their_output() {
                     block.forward(&x, mixer, &tables, lora, None).unwrap()
                 };
                 let opened = block.open(&x, mixer, &tables, lora, None).unwrap();
-                let apart = (block.close(&opened).unwrap() - value(0.0)).unwrap().abs().unwrap();
+                let apart = (block.close(&opened, lora).unwrap() - value(0.0)).unwrap().abs().unwrap();
                 assert!(apart.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-9, "{what}: another value");
                 let step = 1e-6;
                 let slope = ((value(step) - value(-step)).unwrap() * &weights).unwrap();
                 let slope = slope.sum_all().unwrap().to_scalar::<f64>().unwrap() / (2.0 * step);
                 let var = Var::from_tensor(&x).unwrap();
                 let opened = block.open(var.as_tensor(), mixer, &tables, lora, None).unwrap();
-                let scalar = block.pull_back(opened, &weights).unwrap();
+                let scalar = block.pull_back(opened, &weights, lora).unwrap();
                 let gradient = scalar.backward().unwrap().remove(&var).unwrap();
                 let along = (gradient * &way).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
                 assert!((along - slope).abs() < 1e-4 * slope.abs().max(1.0), "{what}: {along}, not {slope}");

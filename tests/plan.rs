@@ -311,6 +311,35 @@ fn a_list_of_stages() {
     assert_eq!(why("1.self_attn.q_proj"), (Fate::Merged, Some("LoRA of rank 8")));
     assert_eq!(why("0.mlp.up_proj"), (Fate::Kept, None));
 
+    // Norms of converted layers and all that is in no layer, the embedding once more where it was changed before.
+    let mut more = recipe.clone();
+    stage(&mut more, "distill").train = ["input_layernorm", "norm", "embed_tokens", "lm_head"].map(String::from).into();
+    more.stages.push("again".into());
+    let again = Stage {
+        train: vec!["embed_tokens".into()],
+        loss: Loss { next_token: 1.0, ..Loss::default() },
+        ..Stage::default()
+    };
+    more.stage.insert("again".into(), again);
+    let vocab = tiny()["vocab_size"].as_u64().unwrap();
+    for tied in [false, true] {
+        let named = planned(&described(&with(tiny(), "tie_word_embeddings", json!(tied))), more.clone()).unwrap();
+        let tables = 32 * vocab * if tied { 1 } else { 2 };
+        assert_eq!(named.stages[1].trainable, 3 * 32 + tables);
+        assert_eq!(named.stages[2].trainable, 32 * vocab);
+        assert_eq!(
+            named.stages[2].memory.optimizer,
+            20 * 32 * vocab + 4 * (q + o + mixer + 3 * 32 + tables - 32 * vocab)
+        );
+        let fate = |name: &str| named.tensors.iter().find(|t| t.name == name).map(|t| (t.fate, t.note.as_deref()));
+        let trained = Some((Fate::Merged, Some("trained")));
+        assert_eq!(fate("model.embed_tokens.weight"), trained);
+        assert_eq!(fate("lm_head.weight"), if tied { None } else { trained });
+        assert_eq!(fate("model.norm.weight"), trained);
+        assert_eq!(fate("model.layers.0.input_layernorm.weight"), trained);
+        assert_eq!(fate("model.layers.1.input_layernorm.weight"), Some((Fate::Kept, None)));
+    }
+
     let refusal = |change: &dyn Fn(&mut Stage), name: &str| {
         let mut recipe = recipe.clone();
         change(stage(&mut recipe, name));
@@ -322,6 +351,14 @@ fn a_list_of_stages() {
     assert!(message.contains("`stage.align.loss` mixes"), "{message}");
     let message = refusal(&|s| s.loss = Loss { output_mse: 1.0, ..Loss::default() }, "align");
     assert!(message.contains("`stage.align.train` names `o_proj`, which learns nothing"), "{message}");
+    let message = refusal(&|s| s.train.push("norm".into()), "align");
+    assert!(message.contains("`stage.align.train` names `norm`, which trains at the end"), "{message}");
+    let message = refusal(&|s| s.train.push("ln_f".into()), "distill");
+    assert!(
+        message
+            .contains("names `ln_f`, which this model has not; beside projections it has embed_tokens, norm, lm_head"),
+        "{message}"
+    );
     let message = refusal(&|s| s.loss = Loss::default(), "distill");
     assert!(message.contains("`stage.distill.loss` has no weight"), "{message}");
 }

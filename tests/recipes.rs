@@ -275,7 +275,7 @@ contexts = [0, 8]
       mine.toml:22:55: `stage.recover.lora.targets[2]` must be one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, found `3`
       mine.toml:23:8: `stage.recover.loss` mixes losses of single layers (`output_mse`, `attention_ce`, `hidden_mse`, `hidden_l2`) with losses of the whole model (`logit_kl`, `next_token`); make two stages of them
       mine.toml:23:26: unknown key `stage.recover.loss.nexttoken`; did you mean `stage.recover.loss.next_token`?
-      mine.toml:24:10: `stage.recover.train[0]` cannot be `mixers`; did you mean `mixer`? known: mixer, lora, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+      mine.toml:24:10: `stage.recover.train[0]` cannot be `mixers`; did you mean `mixer`? known: mixer, lora, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, norm, lm_head, input_layernorm, post_attention_layernorm, q_norm, k_norm, post_feedforward_layernorm, pre_feedforward_layernorm, embed_in, final_layer_norm, embed_out, wte, wpe, ln_f, ln_1, ln_2
       mine.toml:25:20: `stage.recover.kl.direction` cannot be `both`; known: forward, reverse
       mine.toml:25:42: `stage.recover.kl.temperature` must be above 0, found `0`
       mine.toml:33:1: `stage.tune.loss` has no weight above 0, so there is nothing to learn; `tokens = 0` skips the stage

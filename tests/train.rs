@@ -22,7 +22,7 @@ use margay::train::adamw::AdamW;
 use margay::train::clock::{Clock, Spent};
 use margay::train::{Grads, Task};
 use random::{close, close_slices, flat, randn};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -44,7 +44,12 @@ fn nudge(params: &[Param], size: f64) -> Result {
 }
 
 fn setup() -> Result<Setup> {
-    let config = tiny_model::config(json!({}));
+    setup_of(json!({}))
+}
+
+/// The same with changes of its configuration.
+fn setup_of(changes: Value) -> Result<Setup> {
+    let config = tiny_model::config(changes);
     let folder = tiny_model::folder(&config, &tiny_model::weights(&config));
     let (model, decoder) = tiny_model::open(folder.path())?;
     let student = swap(model.architecture(), &Config { window: 4, ..Config::default() }, &[0, 2], 1, &CPU)?;
@@ -241,7 +246,7 @@ fn transfer_gradients_equal_the_joint_loss() -> Result {
         let (losses, got) = gradients(&mut task, &[(whole, 1.0)], 0)?;
 
         let tables = decoder.tables(0, batch.inputs.dim(1)?)?;
-        let mut x = decoder.embed(&batch.inputs)?;
+        let mut x = decoder.embed(&batch.inputs, None)?;
         let mut parts = Vec::new();
         for layer in 0..3 {
             let block = decoder.block(layer);
@@ -350,11 +355,14 @@ fn whole_graph(s: &Setup, loss: &recipe::Loss, noise: Option<u64>) -> Result<Ten
     let Setup { decoder, teacher, student, batch } = s;
     let tables = decoder.tables(0, batch.inputs.dim(1)?)?;
     let run = |net: &Net, noise| -> Result<Tensor> {
-        let mut x = decoder.embed(&batch.inputs)?;
+        let lora = net.adapters.as_ref();
+        let mut x = decoder.embed(&batch.inputs, lora)?;
         for (layer, mixer) in net.mixers.iter().enumerate() {
-            x = decoder.block(layer).forward(&x, mixer.as_ref(), &tables, net.adapters.as_ref(), noise)?;
+            x = decoder.block(layer).forward(&x, mixer.as_ref(), &tables, lora, noise)?;
         }
-        let z = decoder.final_norm(&x)?.flatten(0, 1)?.matmul(&decoder.head().weight.t()?)?;
+        let head = decoder.head(lora)?;
+        let weight = head.trained.map_or(Ok(head.weight), |delta| decoder.head(None)?.weight + delta)?;
+        let z = decoder.final_norm(&x, lora)?.flatten(0, 1)?.matmul(&weight.t()?)?;
         Ok(z.broadcast_sub(&z.exp()?.sum_keepdim(1)?.log()?)?) // log probabilities [B T, V]
     };
     let (p, t) = (run(student, noise)?, run(teacher, None)?);
@@ -372,12 +380,15 @@ fn recovery_gradients_equal_one_graph() -> Result {
     let mut s = setup()?;
     let all = ["mixer", "lora", "q_proj", "o_proj", "up_proj", "down_proj"];
     let full = 2 * 4;
+    let named = ["input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", "lm_head"];
     for (dropout, logit_kl, train, count) in [
         (0.0, 0.0, &["lora"][..], 3 * 7 * 2),
         (0.0, 0.7, &["lora", "mixer"], 3 * 7 * 2 + 6),
         (0.4, 0.7, &["lora", "mixer"], 3 * 7 * 2 + 6),
         (0.4, 0.7, &all, 3 * 7 * 2 + 6 + full), // beside what the lines before left
         (0.0, 0.7, &all[2..], full),
+        (0.0, 0.7, &named, 2 * 2 + 3),
+        (0.4, 0.7, &["lora", "post_attention_layernorm"], 3 * 7 * 2 + 2), // the others rest
     ] {
         let loss = recipe::Loss { next_token: 0.8, logit_kl, ..recipe::Loss::default() };
         let mut stage = stage(train, loss);
@@ -410,6 +421,23 @@ fn recovery_gradients_equal_one_graph() -> Result {
         assert!(bits(&got) == bits(&again), "{what}: not repeatable");
         assert_eq!(bits(&got) == bits(&later), dropout == 0.0, "{what}");
     }
+    Ok(())
+}
+
+/// An embedding that doubles as the head gets the gradient of both.
+#[test]
+fn a_tied_embedding_gets_the_gradient_of_both_ends() -> Result {
+    let mut s = setup_of(json!({ "tie_word_embeddings": true }))?;
+    let loss = recipe::Loss { next_token: 0.8, logit_kl: 0.7, ..recipe::Loss::default() };
+    let stage = stage(&["embed_tokens", "lm_head"], loss);
+    s.prepare(&stage, 9)?;
+    let mut task = Recover::new(&s.decoder, &s.teacher, &s.student, &stage, (4, 1), 17);
+    let params = task.params();
+    let names: Vec<&str> = params.iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(names, ["model.embed_tokens.weight.delta"]);
+    let (_, got) = gradients(&mut task, &[(s.rows(0, 4)?, 1.0)], 0)?;
+    let wanted = whole_graph(&s, &stage.loss, None)?.backward()?.get(&params[0].var).cloned().unwrap();
+    same("tied", &params, &got, &[wanted], 1e-4);
     Ok(())
 }
 
@@ -485,9 +513,9 @@ fn merged_adapters_equal_the_adapted_forward() -> Result {
     for (n, what) in [&["lora", "o_proj"][..], &["lora"]].into_iter().enumerate() {
         s.adapt_more(&stage(what, loss.clone()), 9 + n as u64, &mut named)?;
     }
-    let adapted = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?)?;
+    let adapted = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?, &s.student)?;
     let adapters = s.student.adapters.take().unwrap();
-    let base = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?)?;
+    let base = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?, &s.student)?;
     assert!(flat(&(&adapted - base)?).iter().any(|d| d.abs() > 0.01));
     for (layer, p) in adapters.targets().collect::<Vec<_>>() {
         let weight = s.decoder.block(layer).weight(p)?;
@@ -506,7 +534,7 @@ fn merged_adapters_equal_the_adapted_forward() -> Result {
         close_slices(&format!("layer {layer}, {}", p.name()), &flat(&merged), &wanted, 1e-6);
         s.decoder.block_mut(layer).set_weight(p, &merged)?;
     }
-    let merged = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?)?;
+    let merged = s.decoder.logits(&s.decoder.hidden(&s.batch.inputs, &s.student)?, &s.student)?;
     close("logits", &merged, &adapted, 1e-5);
     Ok(())
 }

@@ -7,7 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::mixers::Heads;
 use crate::mixers::lolcats;
 use crate::ops::delta_rule::{Decay, DeltaRule};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::glu::{Activation, glu};
 use crate::ops::loss::with_gradient;
 use crate::ops::rms_norm::rms_norm;
@@ -59,7 +59,7 @@ pub fn kernels(b: &Bench) -> Result<Vec<Row>> {
     }
 
     if a.head_dim <= 128 && (b.device.is_cpu() || b.dtype == DType::BF16) {
-        let op = GatedLinearAttn { scale: dim.powf(-0.5), gated: Channels::Keys };
+        let op = GatedLinearAttn { scale: dim.powf(-0.5), ..GatedLinearAttn::UNSCALED };
         let shape = [batch, time_steps, a.heads, a.head_dim];
         let part = || random(&shape, 1.0, b.dtype, &b.device);
         let (q, k, v) = (part()?, part()?, part()?);

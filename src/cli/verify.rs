@@ -11,7 +11,6 @@ use margay::convert::verify::{self, Against, Report, Stage};
 use margay::data::Tokenizer;
 use margay::error::{Error, Kind, Result};
 use margay::evaluate::{Quality, Subject};
-use margay::families::Role;
 use margay::model::Net;
 use serde_json::json;
 
@@ -55,9 +54,8 @@ impl Verify {
         let weights =
             teacher.as_ref().map(|t| Ok::<_, Error>((t.decoder(&device, out)?, t.net(&device)?))).transpose()?;
         let converted = model.description.linearization.as_ref().map_or(&[][..], |l| &l.layers);
-        let changed =
-            trained::merged(recipe, |name| manifest.stages.contains_key(name), architecture.layers, converted);
-        let mut merged: Vec<String> = changed.keys().map(|(l, p)| architecture.name(Role::Weight(*l, *p))).collect();
+        let changed = trained::merged(recipe, |name| manifest.stages.contains_key(name), architecture, converted);
+        let mut merged: Vec<String> = changed.keys().map(|role| model.description.name(*role)).collect();
         merged.dedup();
         let against = Against {
             student: None,

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::load::Model;
 use super::plan::{self, Plan};
+use super::start;
 use super::swap::swap;
 use super::texts::Texts;
 use super::trained::prepare;
@@ -166,6 +167,10 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Comparison>
     };
     let decoder = model.decoder(device, progress)?;
     let teacher = Net::teacher(a);
+    for (framed, net) in recipes.iter().zip(&nets) {
+        let recipe = &framed.loaded.recipe;
+        start::measure(&decoder, &teacher, net, recipe.mixer.design(), &train, recipe.seed)?;
+    }
     let named = recipes.iter().zip(&nets);
     let students: Vec<_> = named.map(|(r, net)| Student { name: &r.name, net, stage: r.stage() }).collect();
     let valid = texts.valid(&stage, shared.seq_len)?;

@@ -9,7 +9,7 @@ use super::liger;
 use crate::checkpoint::config::Config;
 use crate::checkpoint::{Checkpoint, Headers};
 use crate::error::{Error, Kind, Result};
-use crate::families::{self, Architecture, Claim, Family};
+use crate::families::{self, Architecture, Claim, Family, Role};
 use crate::model::{Decoder, Net};
 use crate::params::Param;
 use crate::progress::Progress;
@@ -111,6 +111,12 @@ impl Description {
             }
         })?;
         Ok(Description { family, architecture, claims, linearization })
+    }
+
+    /// The checkpoint's name of a role: a tied embedding may have that of the head.
+    pub fn name(&self, role: Role) -> String {
+        let found = self.claims.iter().find(|(_, claim)| **claim == Claim::Reads(role));
+        found.map_or_else(|| self.architecture.name(role), |(name, _)| name.clone())
     }
 }
 

@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::load::Model;
 use crate::data::Split;
 use crate::error::Result;
 use crate::families::Role;
@@ -21,42 +22,42 @@ pub struct Merged {
     pub tokens: usize,
 }
 
-/// Merges the adapters of `student` into `decoder` and removes them. `stored` tells the precision a tensor is exported
-/// in: the merged weight is rounded to it, so that the model in memory is the one that will be on disk.
-pub fn merge(
-    decoder: &mut Decoder,
-    student: &mut Net,
-    stored: impl Fn(&str) -> Result<safetensors::Dtype>,
-    sample: &Split,
-) -> Result<Merged> {
+/// Merges the adapters of `student` into `decoder` and removes them. Merged weights are rounded to the precision that
+/// `model` has them in, so that what is in memory is what will be on disk.
+pub fn merge(decoder: &mut Decoder, student: &mut Net, model: &Model, sample: &Split) -> Result<Merged> {
     let batch = sample.batch(&[0], &decoder.device)?;
     let tokens = batch.inputs.dim(1)?.min(256);
     let ids = batch.inputs.narrow(1, 0, tokens)?.contiguous()?;
-    let before = decoder.logits(&decoder.hidden(&ids, student)?)?;
+    let before = decoder.logits(&decoder.hidden(&ids, student)?, student)?;
     let Some(adapters) = student.adapters.take() else {
         return Ok(Merged { weights: 0, max_logit_difference: 0.0, max_logit: largest(&before)?, tokens });
     };
-    let weights = fold(decoder, &adapters, stored)?.len();
-    let after = decoder.logits(&decoder.hidden(&ids, student)?)?;
+    let weights = fold(decoder, &adapters, model)?.len();
+    let after = decoder.logits(&decoder.hidden(&ids, student)?, student)?;
     let max_logit_difference = largest(&(&after - &before)?)?;
     Ok(Merged { weights, max_logit_difference, max_logit: largest(&before)?, tokens })
 }
 
-/// Folds `adapters` into the weights of `decoder`, rounded to what they are `stored` in, and names those that changed.
-pub fn fold(
-    decoder: &mut Decoder,
-    adapters: &Adapters,
-    stored: impl Fn(&str) -> Result<safetensors::Dtype>,
-) -> Result<Vec<String>> {
+/// Folds `adapters` into the weights of `decoder`, rounded to what they are stored in, and names those that changed.
+pub fn fold(decoder: &mut Decoder, adapters: &Adapters, model: &Model) -> Result<Vec<String>> {
+    let dtype = decoder.dtype;
     let mut names = Vec::new();
+    let mut rounded = |role: Role, new: Tensor| -> Result<Tensor> {
+        let name = model.description.name(role);
+        let stored = DType::try_from(model.checkpoint.info(&name)?.dtype)?;
+        names.push(name);
+        Ok(new.to_dtype(stored)?.to_dtype(dtype)?)
+    };
     for (layer, projection) in adapters.targets() {
         let old = decoder.block(layer).weight(projection)?;
         if let Some(new) = adapters.merged(layer, projection, &old)? {
-            let name = decoder.architecture.name(Role::Weight(layer, projection));
-            let stored = DType::try_from(stored(&name)?)?;
-            let rounded = new.to_dtype(stored)?.to_dtype(decoder.dtype)?;
-            decoder.block_mut(layer).set_weight(projection, &rounded)?;
-            names.push(name);
+            let new = rounded(Role::Weight(layer, projection), new)?;
+            decoder.block_mut(layer).set_weight(projection, &new)?;
+        }
+    }
+    for role in adapters.roles() {
+        if let Some(new) = adapters.changed(role, &decoder.stored(role)?)? {
+            decoder.set(role, &rounded(role, new.detach())?)?;
         }
     }
     Ok(names)

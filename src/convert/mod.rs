@@ -11,6 +11,7 @@ pub mod merge;
 pub mod plan;
 pub mod recover;
 pub mod select;
+pub mod start;
 pub mod swap;
 mod texts;
 pub mod trained;
@@ -152,6 +153,8 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let design = recipe.mixer.design();
     let mut student = swap::swap(model.architecture(), design, &plan.layers.converted, recipe.seed, device)?;
 
+    start::measure(&decoder, &teacher, &student, design, &texts.main.train(early.row_len)?, recipe.seed)?;
+
     let valid = texts.main.valid(early.row_len)?.limit(recipe.verify.tokens);
     let mut stages = vec![measure("teacher", &decoder, &teacher, None, &valid, &mut run, progress)?];
     if !plan.layers.converted.is_empty() {
@@ -223,13 +226,14 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
             return stopped(plan, started.elapsed().as_secs_f64());
         }
     }
-    let changed = student.adapters.iter().flat_map(|a| a.targets());
-    let mut merged_names: Vec<String> = changed.map(|(l, p)| model.architecture().name(Role::Weight(l, p))).collect();
+    let adapters = student.adapters.iter();
+    let changed = adapters.flat_map(|a| a.targets().map(|(l, p)| Role::Weight(l, p)).chain(a.roles()));
+    let mut merged_names: Vec<String> = changed.map(|role| model.description.name(role)).collect();
     merged_names.dedup(); // of projections that share a tensor
 
-    let adapter = student.adapters.as_ref().map(|a| Adapter::of(a, &decoder)).transpose()?;
+    let adapter = student.adapters.as_ref().map(|a| Adapter::of(a, &decoder, &model.description)).transpose()?;
     // The teacher shares the weights that merging changes: from here on it is read again where it is needed.
-    let merged = merge::merge(&mut decoder, &mut student, |name| headers.info(name).map(|i| i.dtype), &valid)?;
+    let merged = merge::merge(&mut decoder, &mut student, &model, &valid)?;
     if merged.weights > 0 {
         progress.say(&format!(
             "merged {} weights; largest change of a logit {:.1e} (largest logit {:.1})",

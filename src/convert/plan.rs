@@ -99,7 +99,7 @@ fn is_zero(n: &usize) -> bool {
 pub enum Fate {
     /// Exported byte for byte.
     Kept,
-    /// Exported with an adapter folded in, in its own precision.
+    /// Exported with what trained folded in, in its own precision.
     Merged,
     /// The second spelling of a tied embedding, exported byte for byte.
     Tied,
@@ -164,11 +164,12 @@ impl Plan {
         let converted = recipe.converted(a).map_err(refuse)?;
         let design = recipe.mixer.design();
         design.check(a).map_err(refuse)?;
+        design.gate(a).map_or(Ok(()), |(gate, _)| gate.check()).map_err(refuse)?;
         for (name, stage) in recipe.in_order() {
             if let Some((key, text)) = stage.problems().into_iter().next() {
                 return Err(refuse(format!("`stage.{name}.{key}` {text}")));
             }
-            let Reach { lora, full } = Reach::of(stage, a.layers, &converted);
+            let Reach { lora, full, .. } = Reach::of(stage, a, &converted);
             let missing = |(l, p): &&(usize, Projection)| !a.projections(*l).any(|there| there == *p);
             if let Some((layer, p)) = lora.iter().chain(&full).find(missing) {
                 let what = match a.experts(*layer) {
@@ -176,6 +177,11 @@ impl Plan {
                     None => "which has none",
                 };
                 return Err(refuse(format!("`stage.{name}` trains `{}` of layer {layer}, {what}", p.name())));
+            }
+            if let Some(word) = stage.modules().find(|word| a.named(word).is_empty()) {
+                let known: Vec<&str> = a.names.words().filter(|word| !a.named(word).is_empty()).collect();
+                let text = format!("`stage.{name}.train` names `{word}`, which this model has not");
+                return Err(refuse(format!("{text}; beside projections it has {}", known.join(", "))));
             }
             if stage.loss.attention_ce > 0.0 && !design.convex() {
                 let mixer = design.name();
@@ -200,7 +206,7 @@ impl Plan {
         }
 
         let ran = |name: &str| stages.iter().any(|s| s.name == name);
-        let merged = trained::merged(recipe, ran, a.layers, &converted);
+        let merged = trained::merged(recipe, ran, a, &converted);
         let mut tensors = Vec::with_capacity(headers.tensors.len());
         for (name, info) in &headers.tensors {
             let claim = description.claims.get(name).copied();
@@ -343,17 +349,23 @@ fn source_tensor(
     name: &str,
     info: &TensorInfo,
     claim: Option<Claim>,
-    merged: &BTreeMap<(usize, Projection), String>,
+    merged: &BTreeMap<Role, String>,
     names: &Names,
 ) -> Result<Tensor> {
     let changed = |claim: Option<Claim>| match claim {
         // Projections that share a tensor mostly change for the same reason; the first that changes says it.
-        Some(Claim::Reads(Role::Weight(layer, p))) => names.beside(p).find_map(|p| merged.get(&(layer, p)).cloned()),
+        Some(Claim::Reads(Role::Weight(layer, p))) => {
+            names.beside(p).find_map(|p| merged.get(&Role::Weight(layer, p)).cloned())
+        }
+        Some(Claim::Reads(role)) => merged.get(&role).cloned(),
         _ => None,
     };
     let (fate, note) = match claim {
         Some(Claim::Reads(_)) if changed(claim).is_some() => (Fate::Merged, changed(claim)),
         Some(Claim::Reads(_) | Claim::Mixer) => (Fate::Kept, None),
+        Some(Claim::Tied) if merged.contains_key(&Role::Embedding) => {
+            (Fate::Dropped, Some("the embedding once more, which is trained".into()))
+        }
         Some(Claim::Tied) => (Fate::Tied, Some("same weights as the embedding".into())),
         Some(Claim::Dropped) => (Fate::Dropped, Some("a buffer that is recomputed".into())),
         None => {

@@ -3,15 +3,18 @@
 //!
 //! The forward pass keeps the graphs of as many of the last blocks as the plan has room for, of the others only the input.
 //! The backward pass rebuilds their graphs from it, one at a time. Teacher and student share the frozen weights; logits
-//! are never kept.
+//! are never kept. What trains of embeddings, final norm and head gets its gradient at either end.
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
 use super::trained::{Trained, trained};
 use crate::data::{Batch, Split};
 use crate::error::Result;
+use crate::families::Role;
 use crate::model::{Decoder, Net, Opened};
-use crate::ops::head_loss::{Sums, Target, head_loss, measure};
+use crate::ops::head_loss::{Head, Sums, Target, head_loss, measure};
+use crate::ops::loss::with_gradient;
 use crate::params::Param;
 use crate::recipe;
 use crate::train::clock::{Clock, Span};
@@ -49,19 +52,42 @@ impl<'a> Recover<'a> {
         Recover { decoder, teacher, student, stage, micro_batch, kept, seed, trained: trained(student, stage) }
     }
 
-    /// The last hidden state of the teacher, where the loss needs it.
-    fn teacher_hidden(&self, ids: &Tensor) -> Result<Option<Tensor>> {
+    /// The last hidden state of the teacher and its head, where the loss needs them.
+    fn taught(&self, ids: &Tensor) -> Result<Option<(Tensor, Head)>> {
         if self.stage.loss.logit_kl == 0.0 {
             return Ok(None);
         }
         let hidden = self.decoder.hidden(ids, self.teacher)?;
-        Ok(Some(hidden.flatten(0, 1)?))
+        Ok(Some((hidden.flatten(0, 1)?, self.decoder.head(None)?)))
     }
 
     /// What the head learns from: the next tokens of `batch` and the teacher.
-    fn target<'t>(&self, tokens: &'t Tensor, mask: Option<&'t Tensor>, teacher: Option<&'t Tensor>) -> Target<'t> {
+    fn target<'t>(
+        &self,
+        tokens: &'t Tensor,
+        mask: Option<&'t Tensor>,
+        taught: Option<&'t (Tensor, Head)>,
+    ) -> Target<'t> {
         let recipe::Loss { next_token, logit_kl, .. } = self.stage.loss;
-        Target { tokens, mask, teacher, ce_weight: next_token, kl_weight: logit_kl, kl: self.stage.kl }
+        Target {
+            tokens,
+            mask,
+            teacher: taught.map(|(hidden, _)| hidden),
+            teacher_head: taught.map(|(_, head)| head),
+            ce_weight: next_token,
+            kl_weight: logit_kl,
+            kl: self.stage.kl,
+        }
+    }
+
+    /// Adds the gradients of a graph to those of the step.
+    fn collect(&self, store: &GradStore, share: f64, grads: &mut Grads) -> Result<()> {
+        for (slot, trained) in self.trained.iter().enumerate() {
+            if let Some(gradient) = store.get(&trained.param.var) {
+                grads.add(slot, gradient, share)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -87,51 +113,57 @@ impl Task for Recover<'_> {
         let noise = Some(noise(self.seed, position));
         let ids = &batch.inputs;
         let tables = decoder.tables(0, ids.dim(1)?)?;
-        let teacher = self.teacher_hidden(ids)?;
-        if teacher.is_some() {
+        let taught = self.taught(ids)?;
+        if taught.is_some() {
             clock.lap(Span::Teacher)?;
         }
 
         let layers = student.mixers.len();
         let mut passed = Vec::with_capacity(layers);
-        let mut stream = decoder.embed(ids)?; // [B, T, N]
+        // Where nothing before the first block trains its input needs no gradient.
+        let embeds = lora.is_some_and(|lora| [Role::Embedding, Role::Positions].iter().any(|role| lora.trains(*role)));
+        let input = |layer: usize, x: &Var| match layer > 0 || embeds {
+            true => x.as_tensor().clone(),
+            false => x.as_detached_tensor(),
+        };
+        let mut stream = decoder.embed(ids, lora)?.detach(); // [B, T, N]
         for (layer, mixer) in student.mixers.iter().enumerate() {
             let x = Var::from_tensor(&stream)?;
-            // Nothing before the first block trains: its input needs no gradient.
-            let input = if layer == 0 { stream } else { x.as_tensor().clone() };
-            let opened = decoder.block(layer).open(&input, mixer.as_ref(), &tables, lora, noise)?;
-            stream = decoder.block(layer).close(&opened)?;
+            let opened = decoder.block(layer).open(&input(layer, &x), mixer.as_ref(), &tables, lora, noise)?;
+            stream = decoder.block(layer).close(&opened, lora)?;
             passed.push(Passed { x, opened: (layer + self.kept >= layers).then_some(opened) });
         }
 
         let last = Var::from_tensor(&stream)?;
         drop(stream);
-        let hidden = decoder.final_norm(&last)?.flatten(0, 1)?;
+        let hidden = decoder.final_norm(&last, lora)?.flatten(0, 1)?;
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
         let tokens = batch.targets.flatten_all()?;
-        let target = self.target(&tokens, mask.as_ref(), teacher.as_ref());
-        let loss = head_loss(&hidden, decoder.head(), &target)?;
+        let target = self.target(&tokens, mask.as_ref(), taught.as_ref());
+        let loss = head_loss(&hidden, decoder.head(lora)?, &target)?;
         let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
-        let mut gradient = loss.backward()?.remove(&last);
+        let mut store = loss.backward()?;
+        self.collect(&store, share, grads)?;
+        let mut gradient = store.remove(&last);
+        drop((store, loss, hidden)); // and with them the head's gradient
 
-        while let (Some(Passed { x, opened }), Some(from_above)) = (passed.pop(), gradient.take()) {
+        while let Some(Passed { x, opened }) = passed.pop() {
+            let Some(from_above) = gradient.take() else { break };
             let layer = passed.len();
             let block = decoder.block(layer);
             let opened = match opened {
                 Some(opened) => opened,
-                None => {
-                    let input = if layer == 0 { x.as_detached_tensor() } else { x.as_tensor().clone() };
-                    block.open(&input, student.mixers[layer].as_ref(), &tables, lora, noise)?
-                }
+                None => block.open(&input(layer, &x), student.mixers[layer].as_ref(), &tables, lora, noise)?,
             };
-            let pulled = block.pull_back(opened, &from_above)?;
+            let pulled = block.pull_back(opened, &from_above, lora)?;
             let mut store = pulled.backward()?;
             gradient = store.remove(&x);
-            for (slot, trained) in self.trained.iter().enumerate().filter(|(_, t)| t.layer == layer) {
-                if let Some(g) = store.get(&trained.param.var) {
-                    grads.add(slot, g, share)?;
-                }
-            }
+            self.collect(&store, share, grads)?;
+        }
+        if let Some(from_above) = gradient {
+            let zero = Tensor::zeros((), DType::F32, from_above.device())?;
+            let store = with_gradient(&decoder.embed(ids, lora)?, zero, from_above)?.backward()?;
+            self.collect(&store, share, grads)?;
         }
         clock.lap(Span::Student(0))?;
         Ok(value)
@@ -149,8 +181,9 @@ impl Task for Recover<'_> {
             let hidden = self.decoder.hidden(&batch.inputs, self.student)?.flatten(0, 1)?;
             let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
             let tokens = batch.targets.flatten_all()?;
-            let teacher = self.teacher_hidden(&batch.inputs)?;
-            sums += measure(&hidden, self.decoder.head(), &self.target(&tokens, mask.as_ref(), teacher.as_ref()))?;
+            let taught = self.taught(&batch.inputs)?;
+            let head = self.decoder.head(self.student.adapters.as_ref())?;
+            sums += measure(&hidden, head, &self.target(&tokens, mask.as_ref(), taught.as_ref()))?;
         }
         let recipe::Loss { next_token, logit_kl, .. } = self.stage.loss;
         Ok(vec![(next_token * sums.nll + logit_kl * sums.kl) / sums.rows.max(1.0)])

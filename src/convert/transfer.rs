@@ -3,8 +3,8 @@
 //! The frozen teacher's hidden state runs through the layers. At each converted layer the students see that state; their
 //! losses against the teacher's output are back-propagated at once and the graphs dropped, so no graph spans more than
 //! one layer. Gradients equal those of a joint loss, because no layer's loss depends on what another layer trains. A
-//! student whose projections are as the teacher's takes its queries, keys and values from the teacher; one that changes
-//! them computes its own.
+//! student whose projections and norms are as the teacher's takes its queries, keys and values from the teacher; one that
+//! changes them computes its own.
 //!
 //! Several students may share one walk of the teacher, each with a stage of its own: they are groups of the training
 //! loop, and each learns as it would alone.
@@ -14,7 +14,7 @@ use candle_core::{DType, Result as TensorResult, Tensor};
 use super::trained::{Trained, trained};
 use crate::data::{Batch, Split};
 use crate::error::Result;
-use crate::families::Projection;
+use crate::families::{Place, Projection, Role};
 use crate::mixers::{Heads, Mixer};
 use crate::model::{Decoder, Net, Tables};
 use crate::ops::loss::{l2, mse};
@@ -23,7 +23,8 @@ use crate::recipe;
 use crate::train::clock::{Clock, Span};
 use crate::train::{Grads, Task, noise};
 
-/// What a student that sees other queries, keys and values than the teacher has changed.
+/// Projections of which one is changed, or a norm beside them, where a student sees other queries, keys and values than
+/// the teacher.
 const QKV: [Projection; 3] = [Projection::Q, Projection::K, Projection::V];
 
 /// A student, [prepared](super::trained::prepare) for its stage.
@@ -83,7 +84,7 @@ impl<'a> Transfer<'a> {
             for (student, layers) in converted.iter().enumerate().filter(|(_, layers)| layers.contains(&layer)) {
                 let first = all.len();
                 let left = std::mem::take(&mut waiting[student]);
-                let (here, later): (Vec<_>, Vec<_>) = left.into_iter().partition(|t| t.layer == layer);
+                let (here, later): (Vec<_>, Vec<_>) = left.into_iter().partition(|t| t.layer == Some(layer));
                 waiting[student] = later;
                 for mut trained in here {
                     if students.len() > 1 {
@@ -106,7 +107,7 @@ impl<'a> Transfer<'a> {
     fn walk(&self, ids: &Tensor, mut visit: impl FnMut(&Part, &Meeting) -> Result<()>) -> Result<()> {
         let Some(last) = self.parts.last().map(|part| part.layer) else { return Ok(()) };
         let tables = self.decoder.tables(0, ids.dim(1)?)?;
-        let mut x = self.decoder.embed(ids)?;
+        let mut x = self.decoder.embed(ids, None)?;
         let mut parts = self.parts.iter().peekable();
         for layer in 0..=last {
             let block = self.decoder.block(layer);
@@ -152,7 +153,11 @@ impl<'a> Transfer<'a> {
         noise: Option<u64>,
     ) -> TensorResult<(&'a dyn Mixer, Option<Heads<'m>>)> {
         let (net, layer) = (self.students[part.student].net, part.layer);
-        let changed = |a: &&Adapters| QKV.iter().any(|p| a.changes(layer, *p));
+        let norms = |role| match role {
+            Role::Norm(l, place, _) => l == layer && place == Place::BeforeAttention,
+            role => matches!(role, Role::HeadNorm(l, _) if l == layer),
+        };
+        let changed = |a: &&Adapters| QKV.iter().any(|p| a.changes(layer, *p)) || a.roles().any(norms);
         let adapters = net.adapters.as_ref().filter(changed);
         let block = self.decoder.block(layer);
         let own = adapters.map(|a| block.heads(meeting.x, meeting.tables, Some(a), noise)).transpose()?;

@@ -125,7 +125,7 @@ pub fn verify(
     let ids = sample(against.valid, manifest, model.architecture().vocab);
     if let Some(student) = against.student {
         let ids = Tensor::new(&ids[..ids.len().min(256)], device)?.unsqueeze(0)?;
-        let logits = |s: Subject| -> Result<Tensor> { Ok(s.decoder.logits(&s.decoder.hidden(&ids, s.net)?)?) };
+        let logits = |s: Subject| -> Result<Tensor> { Ok(s.decoder.logits(&s.decoder.hidden(&ids, s.net)?, s.net)?) };
         let (wanted, found) = (logits(student)?, logits(subject)?);
         let difference = difference(&found, &wanted)?;
         let limit = tolerance(device);
@@ -276,14 +276,14 @@ fn recurrence(report: &mut Report, model: Subject, ids: &[u32], device: &Device)
     };
     let ids: Vec<u32> = ids.iter().copied().cycle().take(3 * window + 1).collect();
     let all = Tensor::new(ids.as_slice(), device)?.unsqueeze(0)?;
-    let whole = model.decoder.logits(&model.decoder.hidden(&all, model.net)?)?;
+    let whole = model.decoder.logits(&model.decoder.hidden(&all, model.net)?, model.net)?;
     let mut states = model.net.states();
     let half = window / 2; // a prefill in one piece, then single tokens
     let mut steps = vec![model.decoder.extend(&all.narrow(1, 0, half)?.contiguous()?, model.net, &mut states)?];
     for t in half..ids.len() {
         steps.push(model.decoder.extend(&all.narrow(1, t, 1)?.contiguous()?, model.net, &mut states)?);
     }
-    let steps = model.decoder.logits(&Tensor::cat(&steps, 1)?)?;
+    let steps = model.decoder.logits(&Tensor::cat(&steps, 1)?, model.net)?;
     let difference = difference(&steps, &whole)?;
     let limit = tolerance(device);
     let name = format!("one token at a time = parallel, {} tokens", ids.len());

@@ -118,7 +118,7 @@ pub fn loss(model: Subject, ids: &Tensor) -> Result<f64> {
 
 fn nll(model: Subject, ids: &Tensor, hidden: &Tensor) -> Result<f64> {
     let time = ids.dim(1)?;
-    let logits = model.decoder.logits(&hidden.narrow(1, 0, time - 1)?.contiguous()?)?.squeeze(0)?;
+    let logits = model.decoder.logits(&hidden.narrow(1, 0, time - 1)?.contiguous()?, model.net)?.squeeze(0)?;
     let next = ids.squeeze(0)?.narrow(0, 1, time - 1)?.contiguous()?.unsqueeze(1)?;
     let top = logits.max_keepdim(D::Minus1)?;
     let total = (logits.broadcast_sub(&top)?.exp()?.sum_keepdim(D::Minus1)?.log()? + top)?;
@@ -134,14 +134,14 @@ fn walk(
 ) -> Result<Tensor> {
     let tables = model.decoder.tables(0, ids.dim(1)?)?;
     let lora = model.net.adapters.as_ref();
-    let mut x = model.decoder.embed(ids)?;
+    let mut x = model.decoder.embed(ids, lora)?;
     for (layer, mixer) in model.net.mixers.iter().enumerate() {
         let block = model.decoder.block(layer);
         let heads = block.heads(&x, &tables, lora, None)?;
         let y = if mixer.is_softmax() { mixer.forward(&heads)? } else { visit(layer, mixer.as_ref(), &heads)? };
         x = block.finish(&x, &y.detach(), lora, None)?.detach();
     }
-    Ok(model.decoder.final_norm(&x)?)
+    Ok(model.decoder.final_norm(&x, lora)?)
 }
 
 /// Means over batch and rows of `x` [B, H, T].

@@ -27,7 +27,7 @@ use crate::data::{RecallItem, Split};
 use crate::error::{Error, Kind, Result};
 use crate::generate::{Sampler, generate};
 use crate::model::{Decoder, Net};
-use crate::ops::head_loss::{Sums, Target, measure, measure_between};
+use crate::ops::head_loss::{Head, Sums, Target, measure};
 use crate::progress::{Progress, stop_requested};
 use crate::recipe::Kl;
 
@@ -60,6 +60,10 @@ impl Subject<'_> {
     /// Normalised hidden states [B * T, N].
     fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
         Ok(self.decoder.hidden(ids, self.net)?.flatten(0, 1)?)
+    }
+
+    fn head(&self) -> Result<Head> {
+        Ok(self.decoder.head(self.net.adapters.as_ref())?)
     }
 }
 
@@ -96,6 +100,7 @@ fn measure_spans(
     let device = &model.decoder.device;
     let (mut sums, mut bytes) = (vec![Sums::default(); spans.len()], 0u64);
     let tokens = rows.seq_len() as u64;
+    let (head, teacher_head) = (model.head()?, teacher.map(|t| t.head()).transpose()?);
     progress.begin("measure", rows.len() as u64 * tokens, 0, "tokens");
     for index in 0..rows.len() {
         if stop_requested() {
@@ -106,26 +111,21 @@ fn measure_spans(
         let hidden = model.hidden(&batch.inputs)?;
         let mask = batch.mask.as_ref().map(|m| m.flatten_all()).transpose()?;
         let targets = batch.targets.flatten_all()?;
-        let taught = teacher.map(|t| Ok::<_, crate::Error>((t, t.hidden(&batch.inputs)?))).transpose()?;
+        let taught = teacher.map(|t| t.hidden(&batch.inputs)).transpose()?;
         for (span, sums) in spans.iter().zip(&mut sums) {
             let part = |x: &Tensor| x.narrow(0, span.start, span.len());
             let (hidden, targets, mask) = (part(&hidden)?, part(&targets)?, mask.as_ref().map(part).transpose()?);
+            let taught = taught.as_ref().map(part).transpose()?;
             let target = Target {
                 tokens: &targets,
                 mask: mask.as_ref(),
-                teacher: None,
+                teacher: taught.as_ref(),
+                teacher_head: teacher_head.as_ref(),
                 ce_weight: 1.0,
                 kl_weight: 1.0,
                 kl: Kl::default(),
             };
-            *sums += match &taught {
-                None => measure(&hidden, model.decoder.head(), &target)?,
-                Some((t, other)) => {
-                    let other = part(other)?;
-                    let target = Target { teacher: Some(&other), ..target };
-                    measure_between(&hidden, model.decoder.head(), t.decoder.head(), &target)?
-                }
-            };
+            *sums += measure(&hidden, head.clone(), &target)?;
         }
         bytes += rows.text_bytes(index) as u64;
         let (nll, n) = sums.iter().fold((0.0, 0.0), |(nll, n), s| (nll + s.nll, n + s.rows));

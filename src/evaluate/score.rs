@@ -77,7 +77,7 @@ fn score_batch(model: Subject, texts: &[&Asked]) -> Result<Vec<Vec<Score>>> {
     for block in wanted.chunks(block_rows(model.decoder.architecture.vocab, !device.is_cpu())) {
         let (rows, targets): (Vec<u32>, Vec<u32>) = block.iter().copied().unzip();
         let rows = Tensor::from_vec(rows, block.len(), device)?;
-        let logits = model.decoder.logits(&hidden.index_select(&rows, 0)?)?; // [M, V]
+        let logits = model.decoder.logits(&hidden.index_select(&rows, 0)?, model.net)?; // [M, V]
         let best = logits.argmax(1)?.to_vec1::<u32>()?;
         let wanted = Tensor::from_vec(targets.clone(), (block.len(), 1), device)?;
         let log_p = (logits.gather(&wanted, 1)?.squeeze(1)? - logits.log_sum_exp(1)?)?.to_vec1::<f32>()?;

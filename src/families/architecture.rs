@@ -271,8 +271,8 @@ impl Architecture {
 
     /// Every tensor the decoder reads: name → role and shape. A tied model lists the embedding only.
     pub fn tensors(&self) -> BTreeMap<String, (Role, Vec<usize>)> {
-        let (n, parts) = (self.hidden, [Part::Weight, Part::Bias]);
-        let parts = &parts[..if self.norm == NormKind::Layer { 2 } else { 1 }];
+        let n = self.hidden;
+        let parts = &Part::ALL[..if self.norm == NormKind::Layer { 2 } else { 1 }];
         let mut all = vec![(Role::Embedding, vec![self.vocab, n])];
         all.extend(parts.iter().map(|part| (Role::FinalNorm(*part), vec![n])));
         if !self.tied {
@@ -310,6 +310,14 @@ impl Architecture {
             }
         }
         all.into_iter().map(|(role, shape)| (self.name(role), (role, shape))).collect()
+    }
+
+    /// The tensors of the modules that a stage calls `word` ([`Names::words`]), with their shapes: of every layer and of the
+    /// model. The head of a tied model is its embedding.
+    pub fn named(&self, word: &str) -> Vec<(Role, Vec<usize>)> {
+        let tied = self.tied && self.names.word(Role::Head) == Some(word);
+        let here = |role: Role| self.names.word(role) == Some(word) || tied && role == Role::Embedding;
+        self.tensors().into_values().filter(|(role, _)| here(*role)).collect()
     }
 
     /// Parameters of one block; of the mean block where they differ.

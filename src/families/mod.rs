@@ -103,6 +103,17 @@ impl Family {
     }
 }
 
+/// What any family calls its [modules beside the projections](Names::words), each once.
+pub fn words() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    for word in REGISTRY.iter().flat_map(|family| family.names).flat_map(|names| names.words()) {
+        if !found.contains(&word) {
+            found.push(word);
+        }
+    }
+    found
+}
+
 /// The fate of one tensor of a source checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Claim {

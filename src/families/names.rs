@@ -22,6 +22,17 @@ pub enum Role {
     Expert(usize, usize, Projection),
 }
 
+impl Role {
+    /// The block it belongs to; embeddings, final norm and head belong to none.
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            Role::Embedding | Role::Positions | Role::FinalNorm(_) | Role::Head => None,
+            Role::Norm(l, ..) | Role::HeadNorm(l, _) | Role::Weight(l, _) | Role::Bias(l, _) => Some(l),
+            Role::Router(l) | Role::Expert(l, ..) => Some(l),
+        }
+    }
+}
+
 /// Scale or shift of a norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
@@ -30,6 +41,8 @@ pub enum Part {
 }
 
 impl Part {
+    pub const ALL: [Part; 2] = [Part::Weight, Part::Bias];
+
     fn end(self) -> &'static str {
         match self {
             Part::Weight => "weight",
@@ -171,6 +184,27 @@ impl Names {
         !self.module(p).is_empty() && self.leader(p) == p
     }
 
+    /// The modules beside the projections: embeddings, norms and head, by the last word of their names, which is what a
+    /// stage calls them.
+    pub fn words(&self) -> impl Iterator<Item = &'static str> {
+        let ends = [self.embedding, self.positions, self.final_norm, self.head];
+        ends.into_iter().chain(self.norms).chain(self.head_norms).map(last_word).filter(|word| !word.is_empty())
+    }
+
+    /// The word of [`Names::words`] for the module of a role; `None` for what belongs to projections and experts.
+    pub fn word(&self, role: Role) -> Option<&'static str> {
+        let module = match role {
+            Role::Embedding => self.embedding,
+            Role::Positions => self.positions,
+            Role::FinalNorm(_) => self.final_norm,
+            Role::Head => self.head,
+            Role::Norm(_, place, _) => self.norms[place as usize],
+            Role::HeadNorm(_, p) => self.head_norms[(p == Projection::K) as usize],
+            Role::Weight(..) | Role::Bias(..) | Role::Router(_) | Role::Expert(..) => return None,
+        };
+        Some(last_word(module))
+    }
+
     /// The checkpoint name of a role.
     pub fn of(&self, role: Role) -> String {
         let block = |l: usize, module: &str, end: &str| format!("{}.{l}.{module}.{end}", self.blocks);
@@ -190,4 +224,10 @@ impl Names {
             }
         }
     }
+}
+
+/// `norm` of `model.norm`, `lm_head` of `lm_head.weight`.
+fn last_word(module: &'static str) -> &'static str {
+    let module = module.strip_suffix(".weight").unwrap_or(module);
+    module.rsplit('.').next().unwrap_or(module)
 }

@@ -23,7 +23,7 @@ use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::params::Param;
 
@@ -142,6 +142,10 @@ impl Design for Config {
         specs
     }
 
+    fn gate(&self, a: &Architecture) -> Option<(&Gate, usize)> {
+        Some((&self.gate, self.form(a).width()))
+    }
+
     fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let form = self.form(a);
         let linear = Gla {
@@ -189,9 +193,9 @@ impl Linear for Gla {
         let (q, k) = self.maps.apart(qkv)?;
         let gates = self.decays.log(x)?;
         match self.config.normalise {
-            Normalise::Sum => pass.normalised("s", [&q, &k, v], &gates, MIN_DENOMINATOR),
+            Normalise::Sum => pass.normalised("s", GatedLinearAttn::UNSCALED, [&q, &k, v], &gates, MIN_DENOMINATOR),
             Normalise::None => {
-                let op = GatedLinearAttn { scale: self.config.scale, gated: Channels::Keys };
+                let op = GatedLinearAttn { scale: self.config.scale, ..GatedLinearAttn::UNSCALED };
                 pass.gated("s", op, [&q, &k, v], &gates)
             }
         }

@@ -121,6 +121,10 @@ impl Design for Config {
         specs
     }
 
+    fn gate(&self, a: &Architecture) -> Option<(&Gate, usize)> {
+        Some((&self.gate, self.slots(a)))
+    }
+
     fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let linear = Gsa {
             scale: self.scale,
@@ -161,10 +165,10 @@ impl Linear for Gsa {
         let (q, k) = self.maps.apart(&x.qkv)?;
         let gates = self.decays.log(x)?; // [B, T, H, M]
         let written = (1.0 - gates.exp()?)?.to_dtype(v.dtype())?;
-        let first = GatedLinearAttn { scale: self.scale, gated: Channels::Values };
+        let first = GatedLinearAttn { scale: self.scale, gated: Channels::Values, ..GatedLinearAttn::UNSCALED };
         let logits = pass.gated("slot_keys", first, [&q, &k, &written], &gates)?;
         let read = softmax(&wide_of(&logits)?)?.to_dtype(v.dtype())?;
-        let second = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+        let second = GatedLinearAttn::UNSCALED;
         pass.gated("slot_values", second, [&read, &written, v], &gates)
     }
 

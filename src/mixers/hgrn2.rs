@@ -6,6 +6,9 @@
 //! S = diag(e^g) S + (1 - e^g) vᵀ      y = φqᵀ S
 //! ```
 //!
+//! As published the bounds of all layers are one cumulative softmax over them, the first layer's 0. Here each layer has
+//! bounds of its own, since layers train one by one; [`BoundStart::Cumulative`] starts them where that softmax starts.
+//!
 //! With the layer's own projections as f, q and v it is Liger-HGRN2 (2503.01496). State: `s` [B, H, D, D] in f32; with a
 //! window `k`, `v` [B, w, Hkv, D], keys rotated.
 
@@ -24,7 +27,7 @@ use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gate::{Curve, Gate, sigmoid};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::softmax_attn::softmax;
 use crate::params::{Init, Param, named};
 
@@ -40,8 +43,10 @@ pub const DEF: MixerDef = MixerDef {
 pub struct Config {
     /// Features of queries.
     pub query_map: QueryMap,
-    /// Learn a lower bound of the decay, one per head, from 0.
+    /// Learn a lower bound of the decay, one per head.
     pub lower_bound: bool,
+    /// Where the lower bounds start.
+    pub bound_start: BoundStart,
     /// Norm and gate of the output.
     pub output: Output,
     /// Softmax window beside the linear branch.
@@ -57,9 +62,24 @@ pub enum QueryMap {
     Silu,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BoundStart {
+    /// Near 0, at 0.018, in every layer.
+    Flat,
+    /// At l / L in layer l of L, as HGRN2's cumulative softmax over layers; in layer 0 at 0.018, since 0 would not learn.
+    Cumulative,
+}
+
 impl Default for Config {
     fn default() -> Self {
-        Config { query_map: QueryMap::Softmax, lower_bound: true, output: Output::default(), window: Beside::default() }
+        Config {
+            query_map: QueryMap::Softmax,
+            lower_bound: true,
+            bound_start: BoundStart::Flat,
+            output: Output::default(),
+            window: Beside::default(),
+        }
     }
 }
 
@@ -70,6 +90,7 @@ fn variants() -> Vec<Box<dyn Design>> {
         Config { lower_bound: false, window: Beside { learn: false, ..window }, ..Config::default() },
         Config {
             query_map: QueryMap::Silu,
+            bound_start: BoundStart::Cumulative,
             output: Output { norm: true, gate: OutputGate::Silu },
             window: Beside::none(),
             ..Config::default()
@@ -79,8 +100,8 @@ fn variants() -> Vec<Box<dyn Design>> {
 }
 
 const LOWER: &str = "lower_bound";
-/// σ of this is the start of the lower bound: 0.018.
-const LOWER_START: f64 = -4.0;
+/// Least start of the lower bound, σ(-4).
+const LEAST: f64 = 0.017_986_209_962_091_56;
 
 impl Design for Config {
     fn name(&self) -> &'static str {
@@ -94,7 +115,10 @@ impl Design for Config {
     fn specs(&self, a: &Architecture) -> Vec<Spec> {
         let mut specs = Vec::new();
         if self.lower_bound {
-            let init = Init::Constant(LOWER_START);
+            let init = match self.bound_start {
+                BoundStart::Flat => Init::Constant((LEAST / (1.0 - LEAST)).ln()),
+                BoundStart::Cumulative => Init::Depth { least: LEAST, layers: a.layers },
+            };
             specs.push(Spec { name: LOWER, shape: vec![a.heads], init, scalar: true });
         }
         specs.extend(self.output.specs(a));
@@ -157,7 +181,7 @@ impl Linear for Hgrn2 {
         };
         let (gates, k) = self.gates(x)?;
         let like = |t: &Tensor| t.to_dtype(v.dtype());
-        let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+        let op = GatedLinearAttn::UNSCALED;
         pass.gated("s", op, [&like(&q)?, &like(&k)?, v], &gates)
     }
     #[cfg(feature = "cuda")]

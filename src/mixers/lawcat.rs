@@ -21,6 +21,7 @@ use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -107,6 +108,10 @@ impl Design for Config {
         specs
     }
 
+    fn gate(&self, a: &Architecture) -> Option<(&Gate, usize)> {
+        Some((&self.gate, self.form(a).width()))
+    }
+
     fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let form = self.form(a);
         let linear = Lawcat {
@@ -162,6 +167,7 @@ impl Linear for Lawcat {
             queries: self.maps.queries(&q)?,
             gates: self.decays.log(x)?,
             // The keys behind the window are those of before, convolved then.
+            op: GatedLinearAttn::UNSCALED,
             keys: &|_, pass| self.maps.own_keys(&pass.behind("left", &own, size)?.narrow(1, 0, time)?),
         };
         self.shared.mix(x, v, pass, &branch)

@@ -22,6 +22,7 @@ use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
+use crate::ops::gated_linear_attn::{Exponents, GatedLinearAttn};
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -50,6 +51,9 @@ pub struct Config {
     pub tie_qk: bool,
     /// What the linear branch forgets.
     pub gate: Gate,
+    /// How decays between rows are formed: `pairwise`, or `recentred`, the paper's reparametrisation, which raises log decays
+    /// to at least -1 in training and decoding; the paper's `feature_map` with it is `exp`.
+    pub exponents: Exponents,
 }
 
 impl Default for Config {
@@ -63,6 +67,7 @@ impl Default for Config {
             feature_dim: 0,
             tie_qk: false,
             gate: Gate::of(GateKind::ScalarToken),
+            exponents: Exponents::Pairwise,
         }
     }
 }
@@ -81,7 +86,13 @@ fn variants() -> Vec<Box<dyn Design>> {
             feature_dim: 4,
             ..gate(Gate { normaliser: 16.0, ..Gate::of(GateKind::Pooled) })
         },
-        Config { window: 0, sinks: 0, tie_qk: true, ..base },
+        Config { window: 0, sinks: 0, tie_qk: true, ..base.clone() },
+        Config {
+            feature_map: FeatureMap::Exp,
+            feature_dim: 4,
+            exponents: Exponents::Recentred,
+            ..gate(Gate { bias: 0.5, ..Gate::of(GateKind::ScalarHead) })
+        },
     ];
     list.into_iter().map(|c| Box::new(c) as Box<dyn Design>).collect()
 }
@@ -115,11 +126,16 @@ impl Design for Config {
         specs
     }
 
+    fn gate(&self, a: &Architecture) -> Option<(&Gate, usize)> {
+        Some((&self.gate, self.form(a).width()))
+    }
+
     fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let form = self.form(a);
         let linear = Lizard {
             maps: form.build(a, &params),
-            decays: self.gate.build(a, layer, form.width(), &params),
+            decays: self.gate.build(a, layer, form.width(), &params).raised(self.exponents),
+            op: GatedLinearAttn { exponents: self.exponents, ..GatedLinearAttn::UNSCALED },
             shared: Shared::build(self.window, self.affine, SINKS, &params),
         };
         Box::new(Layer { linear, beside: None, params })
@@ -152,6 +168,7 @@ impl Design for Config {
 struct Lizard {
     maps: Maps,
     decays: Decays,
+    op: GatedLinearAttn,
     shared: Shared,
 }
 
@@ -160,6 +177,7 @@ impl Linear for Lizard {
         let branch = Branch {
             queries: self.maps.queries(x.rotated()?)?,
             gates: self.decays.log(x)?,
+            op: self.op,
             keys: &|k, _| self.maps.keys(k),
         };
         self.shared.mix(x, v, pass, &branch)
@@ -173,7 +191,8 @@ impl Linear for Lizard {
         let joined = self.shared.fixed(at, state, if self.decays.per_channel() { width } else { 1 })?;
         let layer = fixed::Linear::new(at, state, width)?.counted(at, state)?;
         let normalised = self.shared.size == 0;
-        Ok(fixed::Linear { maps, weights, rotary: true, decay, tau, normalised, joined, ..layer })
+        let lowest = self.decays.lowest();
+        Ok(fixed::Linear { maps, weights, rotary: true, decay, tau, lowest, normalised, joined, ..layer })
     }
 
     fn window(&self) -> usize {

@@ -24,6 +24,7 @@ use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
+use crate::ops::gated_linear_attn::{Exponents, GatedLinearAttn};
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::ops::mix::mix;
 use crate::params::{Init, Param, named};
@@ -54,6 +55,9 @@ pub struct Config {
     pub feature_dim: usize,
     /// What the linear branch forgets.
     pub gate: Gate,
+    /// How decays between rows are formed: `pairwise`, or `recentred`, the paper's reparametrisation, which raises log decays
+    /// to at least -1 in training and decoding; the paper's `feature_map` with it is `exp`.
+    pub exponents: Exponents,
     /// Start of the window's weight α.
     pub alpha: f64,
     /// One α per head instead of one per layer.
@@ -80,6 +84,7 @@ impl Default for Config {
             feature_map: FeatureMap::SoftmaxDim,
             feature_dim: 0,
             gate: Gate::of(GateKind::ScalarToken),
+            exponents: Exponents::Pairwise,
             alpha: 1.0,
             alpha_per_head: false,
         }
@@ -91,7 +96,13 @@ fn variants() -> Vec<Box<dyn Design>> {
     let list = [
         base.clone(),
         Config { meta: Meta::Kv, alpha_per_head: true, ..base.clone() },
-        Config { meta_tokens: 0, rotary: true, gate: Gate::of(GateKind::ScalarHead), ..base },
+        Config { meta_tokens: 0, rotary: true, gate: Gate::of(GateKind::ScalarHead), ..base.clone() },
+        Config {
+            feature_map: FeatureMap::Exp,
+            exponents: Exponents::Recentred,
+            gate: Gate { bias: 0.5, ..base.gate.clone() },
+            ..base
+        },
     ];
     list.into_iter().map(|c| Box::new(c) as Box<dyn Design>).collect()
 }
@@ -135,6 +146,10 @@ impl Design for Config {
         specs
     }
 
+    fn gate(&self, a: &Architecture) -> Option<(&Gate, usize)> {
+        Some((&self.gate, self.form(a).width()))
+    }
+
     fn build(&self, a: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer> {
         let form = self.form(a);
         let find = |name: &str| named(&params, name);
@@ -142,7 +157,8 @@ impl Design for Config {
             size: self.window,
             rotary: self.rotary,
             maps: form.build(a, &params),
-            decays: self.gate.build(a, layer, form.width(), &params),
+            decays: self.gate.build(a, layer, form.width(), &params).raised(self.exponents),
+            op: GatedLinearAttn { exponents: self.exponents, ..GatedLinearAttn::UNSCALED },
             sinks: find(SINKS),
             meta: find(META[0]).zip(find(META[1])),
             alpha: find(ALPHA),
@@ -175,6 +191,7 @@ struct LizardPaper {
     rotary: bool,
     maps: Maps,
     decays: Decays,
+    op: GatedLinearAttn,
     sinks: Option<Param>,
     /// Keys and values [m, Hkv, D] of meta tokens.
     meta: Option<(Param, Param)>,
@@ -244,7 +261,7 @@ fn read(weights: &Tensor, values: &Tensor) -> Result<Tensor> {
 impl Linear for LizardPaper {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
         let (q, k) = self.maps.apart(&x.qkv)?;
-        let gated = pass.normalised("s", [&q, &k, v], &self.decays.log(x)?, MIN_DENOMINATOR)?;
+        let gated = pass.normalised("s", self.op, [&q, &k, v], &self.decays.log(x)?, MIN_DENOMINATOR)?;
         let anchor = self.anchor(x, v, pass)?;
         pass.of_window(|| Ok(anchor.clone()))?;
         gated + anchor
@@ -265,7 +282,7 @@ impl Linear for LizardPaper {
         let sinks = self.sinks.as_ref().map(|sinks| at.flat(&sinks.var)).transpose()?;
         let joined = fixed::Joined::Anchored(at.window(state, self.size, self.rotary)?, alpha, sinks);
         let layer = fixed::Linear::new(at, state, self.maps.form.width())?.counted(at, state)?;
-        Ok(fixed::Linear { maps, weights, decay, tau, joined, ..layer })
+        Ok(fixed::Linear { maps, weights, decay, tau, lowest: self.decays.lowest(), joined, ..layer })
     }
 
     fn window(&self) -> usize {

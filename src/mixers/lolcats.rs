@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use super::parts::maps::{Bias, FeatureMap};
-use super::parts::maps::{Form, Maps};
+use super::parts::maps::{Form, Maps, Start};
 use super::{Design, Heads, Mixer, MixerDef, PIECE, Spec, State, Weights};
 use crate::families::Architecture;
 use crate::ops::hybrid_attn::{HybridAttn, MIN_DENOMINATOR, Window, sigmoid};
@@ -48,6 +48,9 @@ pub struct Config {
     pub tie_qk: bool,
     /// Identity start; otherwise Kaiming uniform.
     pub identity_init: bool,
+    /// Instead, start at the leading principal directions of each head's rotated queries and keys on a few sequences of the
+    /// training text.
+    pub principal_init: bool,
     /// Features see x + xW with W started at 0 (needs `feature_dim` = head_dim).
     pub skip_connection: bool,
 }
@@ -71,6 +74,7 @@ impl Default for Config {
             bias: Bias::None,
             tie_qk: false,
             identity_init: true,
+            principal_init: false,
             skip_connection: false,
         }
     }
@@ -108,7 +112,11 @@ impl Config {
             cols,
             bias: self.bias,
             tie_qk: self.tie_qk,
-            identity_init: self.identity_init,
+            start: match (self.principal_init, self.identity_init) {
+                (true, _) => Start::Principal,
+                (false, true) => Start::Identity,
+                (false, false) => Start::Random,
+            },
             skip_connection: self.skip_connection,
         }
     }
@@ -137,6 +145,14 @@ impl Design for Config {
             specs.push(Spec { name: "window_factors", shape: vec![1, a.heads, 1, 1], init, scalar: true });
         }
         specs
+    }
+
+    fn measures(&self, _: &Architecture) -> bool {
+        self.principal_init
+    }
+
+    fn measure(&self, a: &Architecture, x: &Heads, _: &Tensor) -> Result<Vec<(&'static str, Tensor)>> {
+        if self.principal_init { self.form(a).principal(a, x.rotated()?) } else { Ok(Vec::new()) }
     }
 
     fn build(&self, a: &Architecture, _: usize, params: Vec<Param>) -> Box<dyn Mixer> {

@@ -21,7 +21,7 @@ use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -129,9 +129,9 @@ impl Linear for Mala {
         let (q, k) = self.maps.apart(if self.rotary { x.rotated()? } else { &x.qkv })?;
         let scale = (q.dim(3)? as f64).powf(-0.5);
         let still = Tensor::zeros((b, t, h), crate::ops::wide(v.dtype()), v.device())?;
-        let (sum, count) = pass.counted("s", [&q, &k, v], &still)?;
+        let (sum, count) = pass.counted("s", GatedLinearAttn::UNSCALED, [&q, &k, v], &still)?;
         let ones = Tensor::ones((b, t, h, 1), v.dtype(), v.device())?;
-        let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+        let op = GatedLinearAttn::UNSCALED;
         let values = pass.gated("sum", op, [&ones, &ones, v], &still)?;
 
         let rows = Tensor::from_iter((0..t).map(|i| 1.0 / (seen + i + 1) as f64), v.device())?;

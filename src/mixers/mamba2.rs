@@ -25,7 +25,7 @@ use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gate::{self, Curve};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::mix::mix;
 use crate::params::{Init, Param, named};
 
@@ -230,7 +230,7 @@ impl Linear for Mamba2 {
             Layout::Mohawk => v.clone(),
         };
         let scale = if self.config.bc_norm { (x.qkv.dim(3)? as f64).sqrt() } else { 1.0 };
-        let y = pass.gated("s", GatedLinearAttn { scale, gated: Channels::Keys }, [&c, &b, &written], &gates)?;
+        let y = pass.gated("s", GatedLinearAttn { scale, ..GatedLinearAttn::UNSCALED }, [&c, &b, &written], &gates)?;
         match &self.skip {
             Some(skip) => {
                 let skip = cast(skip, &step)?.unsqueeze(0)?; // [1, H]

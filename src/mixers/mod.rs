@@ -33,6 +33,8 @@ use crate::ops::loss::mse;
 use crate::ops::rope::rope;
 use crate::params::{Init, Param};
 
+use parts::gate::Gate;
+
 /// Every mixer by its recipe name.
 pub const REGISTRY: &[MixerDef] = &[
     softmax::DEF,
@@ -65,6 +67,22 @@ pub trait Design {
     fn check(&self, architecture: &Architecture) -> std::result::Result<(), String>;
     /// The tensors it adds to a layer.
     fn specs(&self, architecture: &Architecture) -> Vec<Spec>;
+    /// What the state forgets, and the channels of a key there; `None` where that has no keys of its own in recipes.
+    fn gate(&self, _: &Architecture) -> Option<(&Gate, usize)> {
+        None
+    }
+    /// Whether some tensors start at what their layer sees of the training text.
+    fn measures(&self, architecture: &Architecture) -> bool {
+        self.gate(architecture).is_some_and(|(gate, _)| gate.attended)
+    }
+    /// The starts of such tensors by their names in `specs`, from the heads of a layer and the teacher's attention weights
+    /// [B, H, T, T].
+    fn measure(&self, architecture: &Architecture, _: &Heads, weights: &Tensor) -> Result<Vec<(&'static str, Tensor)>> {
+        match self.gate(architecture) {
+            Some((gate, width)) if gate.attended => gate.measure(architecture, width, weights),
+            _ => Ok(Vec::new()),
+        }
+    }
     /// The mixer of a layer with its tensors, in the order of `specs`.
     fn build(&self, architecture: &Architecture, layer: usize, params: Vec<Param>) -> Box<dyn Mixer>;
     /// Bytes of one sequence's state after `context` tokens, in one layer; keys and values take `element` bytes.

@@ -12,7 +12,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::{Heads, PIECE, State};
 use crate::ops::delta_rule::{Decay, DeltaRule};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::mix::mix;
 use crate::ops::softmax_attn::{SoftmaxAttn, bend, causal_mask, repeat_kv};
 use crate::ops::wide;
@@ -87,22 +87,28 @@ impl Pass<'_> {
     }
 
     /// The same with weights that sum to 1: the state also counts, and divides by its count where that is at least
-    /// `least`. The scale cancels.
+    /// `least`. The scale of `op` cancels.
     pub fn normalised(
         &mut self,
         name: &'static str,
+        op: GatedLinearAttn,
         [q, k, v]: [&Tensor; 3],
         gates: &Tensor,
         least: f64,
     ) -> Result<Tensor> {
-        let (sum, count) = self.counted(name, [q, k, v], gates)?;
+        let (sum, count) = self.counted(name, op, [q, k, v], gates)?;
         mix(&[&sum], &wide_of(&count)?.maximum(least)?.recip()?.transpose(2, 3)?)
     }
 
-    /// `Σ a_ij v_j` [B, T, H, V] and `Σ a_ij` [B, T, H, 1], a_ij = e^{G_i - G_j} q_i·k_j. The count is one more column of
+    /// `Σ a_ij v_j` [B, T, H, V] and `Σ a_ij` [B, T, H, 1], a_ij = scale e^{G_i - G_j} q_i·k_j. The count is one more column of
     /// the values; on a GPU, whose kernels are made for whole heads, it is a state of its own, `z`.
-    pub fn counted(&mut self, name: &'static str, [q, k, v]: [&Tensor; 3], gates: &Tensor) -> Result<(Tensor, Tensor)> {
-        let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+    pub fn counted(
+        &mut self,
+        name: &'static str,
+        op: GatedLinearAttn,
+        [q, k, v]: [&Tensor; 3],
+        gates: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
         if let Pass::Whole = self {
             return op.counted(q, k, v, gates);
         }

@@ -24,7 +24,7 @@ use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
-use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::params::Param;
 
@@ -153,7 +153,7 @@ impl Linear for Rala {
         // q̄: a running sum is a recurrence of width 1.
         let ones = Tensor::ones((b, t, h, 1), v.dtype(), v.device())?;
         let still = Tensor::zeros((b, t, h), dtype, v.device())?;
-        let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+        let op = GatedLinearAttn::UNSCALED;
         let sums = pass.gated("queries", op, [&ones, &ones, &q], &still)?;
         let rows = Tensor::from_iter((0..t).map(|i| 1.0 / (seen + i + 1) as f64), v.device())?;
         let mean = wide_of(&sums)?.broadcast_mul(&rows.reshape((1, t, 1, 1))?.to_dtype(dtype)?)?;
@@ -162,7 +162,7 @@ impl Linear for Rala {
         // The largest so far cancels between numerator and denominator: no gradient goes through it.
         let (top, before) = pass.running_max("top", &exponent.detach())?;
         let k = wide_of(&k)?.broadcast_mul(&(&exponent - &top)?.exp()?.unsqueeze(3)?)?.to_dtype(v.dtype())?;
-        pass.normalised("s", [&q, &k, v], &(before - &top)?, MIN_DENOMINATOR)
+        pass.normalised("s", GatedLinearAttn::UNSCALED, [&q, &k, v], &(before - &top)?, MIN_DENOMINATOR)
     }
 
     fn finish(&self, y: Tensor, x: &Heads) -> Result<Tensor> {

@@ -1,8 +1,8 @@
 //! A block's backward pass, from the gradient of its output to that of its input and of everything that trains inside.
 //!
-//! Attention has a graph. The MLP has one only where something in it is changed: otherwise its gradient is computed op by
-//! op ([`Mlp::pull_back`](super::mlp::Mlp)), since in a graph every gradient is first added to zeros, and these are the
-//! widest tensors of all.
+//! Attention has a graph. The MLP has one only where something in it is changed or a norm beside it trains: otherwise its
+//! gradient is computed op by op ([`Mlp::pull_back`](super::mlp::Mlp)), since in a graph every gradient is first added to
+//! zeros, and these are the widest tensors of all.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -43,24 +43,24 @@ impl Block {
         let y = mixer.forward(&self.heads(x, tables, lora, noise)?)?;
         let after = (x + self.output(&y, lora, noise)?)?;
         let read = if self.parallel { x.clone() } else { after.clone() };
-        let mlp = match self.mlp.is_changed(lora) {
+        let mlp = match self.learns_beyond_attention(lora) {
             true => Half::Graph(self.inner(&read, lora, noise)?),
-            false => Half::Frozen(self.mlp.begin(&self.normed(Place::BeforeMlp, &read.detach())?)?),
+            false => Half::Frozen(self.mlp.begin(&self.normed(Place::BeforeMlp, &read.detach(), lora)?)?),
         };
         Ok(Opened { after, read, mlp })
     }
 
     /// The stream behind the block, [B, T, N], outside of any graph.
-    pub fn close(&self, opened: &Opened) -> Result<Tensor> {
+    pub fn close(&self, opened: &Opened, lora: Option<&Adapters>) -> Result<Tensor> {
         let added = match &opened.mlp {
-            Half::Frozen(begun) => self.added(Place::AfterMlp, &self.mlp.end(begun)?)?,
+            Half::Frozen(begun) => self.added(Place::AfterMlp, &self.mlp.end(begun)?, lora)?,
             Half::Graph(added) => added.detach(),
         };
         opened.after.detach() + added
     }
 
     /// A scalar whose backward pass carries `from_above`, the gradient of the block's output, on.
-    pub fn pull_back(&self, opened: Opened, from_above: &Tensor) -> Result<Tensor> {
+    pub fn pull_back(&self, opened: Opened, from_above: &Tensor, lora: Option<&Adapters>) -> Result<Tensor> {
         let Opened { after, read, mlp } = opened;
         let zero = Tensor::zeros((), DType::F32, after.device())?;
         let begun = match mlp {
@@ -68,11 +68,11 @@ impl Block {
             Half::Frozen(begun) => begun,
         };
         let mut gradient = scaled(from_above, self.scale)?;
-        if let Some(norm) = self.norm(Place::AfterMlp) {
+        if let Some(norm) = self.changed(Place::AfterMlp, lora)? {
             gradient = norm.pull_back(&self.mlp.end(&begun)?, &gradient)?;
         }
         gradient = self.mlp.pull_back(&begun, &gradient)?;
-        if let Some(norm) = self.norm(Place::BeforeMlp) {
+        if let Some(norm) = self.changed(Place::BeforeMlp, lora)? {
             gradient = norm.pull_back(&read.detach(), &gradient)?;
         }
         if self.parallel {

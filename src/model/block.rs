@@ -1,6 +1,8 @@
 //! One block: norm → q, k, v → mixer → o → norm → MLP, each half added to the stream; which norms there are and where
 //! says the family ([`Architecture`]).
 
+use std::borrow::Cow;
+
 use candle_core::{Result as TensorResult, Tensor};
 
 use super::Tables;
@@ -8,7 +10,7 @@ use super::experts::Experts;
 use super::mlp::{Dense, Mlp};
 use super::norm::Norm;
 use crate::error::Result;
-use crate::families::{Architecture, HeadNorm, Place, Projection, Role};
+use crate::families::{Architecture, HeadNorm, Part, Place, Projection, Role};
 use crate::mixers::{Heads, Mixer};
 use crate::ops::head_norm::head_norm;
 use crate::ops::{scaled, wide};
@@ -37,6 +39,7 @@ pub struct Block {
 
 /// Norms of queries and keys.
 struct HeadNorms {
+    layer: usize,
     over: HeadNorm,
     q: Norm,
     k: Norm,
@@ -44,16 +47,18 @@ struct HeadNorms {
 
 impl HeadNorms {
     /// Packed heads [B, T, H + 2 Hkv, D] with queries and keys normalised.
-    fn of(&self, qkv: &Tensor, heads: usize, kv_heads: usize) -> TensorResult<Tensor> {
-        if let (HeadNorm::Each, Some(eps)) = (self.over, self.q.rms_eps()) {
-            return head_norm(qkv, [&self.q.weight, &self.k.weight], heads, kv_heads, eps);
+    fn of(&self, qkv: &Tensor, heads: usize, kv_heads: usize, lora: Option<&Adapters>) -> TensorResult<Tensor> {
+        let q = self.q.changed(lora, |_| Role::HeadNorm(self.layer, Projection::Q))?;
+        let k = self.k.changed(lora, |_| Role::HeadNorm(self.layer, Projection::K))?;
+        if let (HeadNorm::Each, Some(eps)) = (self.over, q.rms_eps()) {
+            return head_norm(qkv, [&q.weight, &k.weight], heads, kv_heads, eps);
         }
         let part = |from, count| qkv.narrow(2, from, count)?.contiguous();
         let normed = |norm: &Norm, x: Tensor| match self.over {
             HeadNorm::Each => norm.forward(&x),
             HeadNorm::Whole => norm.forward(&x.flatten_from(2)?)?.reshape(x.shape()),
         };
-        let (q, k) = (normed(&self.q, part(0, heads)?)?, normed(&self.k, part(heads, kv_heads)?)?);
+        let (q, k) = (normed(&q, part(0, heads)?)?, normed(&k, part(heads, kv_heads)?)?);
         Tensor::cat(&[q, k, part(heads + kv_heads, kv_heads)?], 2)
     }
 }
@@ -85,7 +90,10 @@ impl Block {
         };
         let head_norm = |p| Norm::load(a, |_| read(Role::HeadNorm(layer, p)));
         let head_norms = match a.has_head_norms() {
-            true => Some(HeadNorms { over: a.head_norm, q: head_norm(Projection::Q)?, k: head_norm(Projection::K)? }),
+            true => {
+                let (q, k) = (head_norm(Projection::Q)?, head_norm(Projection::K)?);
+                Some(HeadNorms { layer, over: a.head_norm, q, k })
+            }
             false => None,
         };
         let mlp = match a.experts(layer) {
@@ -155,24 +163,52 @@ impl Block {
     }
 
     /// The tensor that `p` stands for, as the checkpoint has it.
-    pub fn stored(&self, a: &Architecture, p: Projection) -> TensorResult<Tensor> {
+    pub(super) fn stored(&self, a: &Architecture, p: Projection) -> TensorResult<Tensor> {
         let parts = a.names.beside(p).map(|p| self.weight(p)).collect::<TensorResult<Vec<_>>>()?;
         let rows = if let [one] = parts.as_slice() { one.clone() } else { Tensor::cat(&parts, 0)? };
         a.stored(p, &rows)
     }
 
+    /// The norm at a place as it is without changes.
     pub(super) fn norm(&self, place: Place) -> Option<&Norm> {
         self.norms[place as usize].as_ref()
     }
 
+    /// The norm of queries or of keys.
+    pub(super) fn head_norm(&self, p: Projection) -> Option<&Norm> {
+        self.head_norms.as_ref().map(|norms| if p == Projection::Q { &norms.q } else { &norms.k })
+    }
+
+    /// The norm of a role and the part of it that is meant.
+    pub(super) fn norm_mut(&mut self, role: Role) -> Option<(&mut Norm, Part)> {
+        match (role, &mut self.head_norms) {
+            (Role::Norm(_, place, part), _) => self.norms[place as usize].as_mut().map(|norm| (norm, part)),
+            (Role::HeadNorm(_, Projection::Q), Some(norms)) => Some((&mut norms.q, Part::Weight)),
+            (Role::HeadNorm(..), Some(norms)) => Some((&mut norms.k, Part::Weight)),
+            _ => None,
+        }
+    }
+
+    /// The norm at a place as `lora` changes it.
+    pub(super) fn changed(&self, place: Place, lora: Option<&Adapters>) -> TensorResult<Option<Cow<'_, Norm>>> {
+        self.norm(place).map(|norm| norm.changed(lora, |part| Role::Norm(self.layer, place, part))).transpose()
+    }
+
     /// `x` behind the norm at a place, where there is one.
-    pub(super) fn normed(&self, place: Place, x: &Tensor) -> TensorResult<Tensor> {
-        self.norm(place).map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
+    pub(super) fn normed(&self, place: Place, x: &Tensor, lora: Option<&Adapters>) -> TensorResult<Tensor> {
+        self.changed(place, lora)?.map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
     }
 
     /// What a half of the block adds to the stream, from what came out of it.
-    pub(super) fn added(&self, place: Place, y: &Tensor) -> TensorResult<Tensor> {
-        scaled(&self.normed(place, y)?, self.scale)
+    pub(super) fn added(&self, place: Place, y: &Tensor, lora: Option<&Adapters>) -> TensorResult<Tensor> {
+        scaled(&self.normed(place, y, lora)?, self.scale)
+    }
+
+    /// Whether something changes a weight of the MLP or trains a norm beside it.
+    pub(super) fn learns_beyond_attention(&self, lora: Option<&Adapters>) -> bool {
+        let norms = [Place::BeforeMlp, Place::AfterMlp];
+        let mut roles = norms.into_iter().flat_map(|place| Part::ALL.map(|part| Role::Norm(self.layer, place, part)));
+        self.mlp.is_changed(lora) || lora.is_some_and(|lora| roles.any(|role| lora.trains(role)))
     }
 
     /// Queries, keys and values of `x` [B, T, N], packed and not yet rotated.
@@ -183,10 +219,10 @@ impl Block {
         lora: Option<&Adapters>,
         noise: Option<u64>,
     ) -> TensorResult<Heads<'a>> {
-        let x = self.normed(Place::BeforeAttention, x)?;
+        let x = self.normed(Place::BeforeAttention, x, lora)?;
         let mut qkv = self.qkv.apply(self.layer, &x, lora, noise)?;
         if let Some(norms) = &self.head_norms {
-            qkv = norms.of(&qkv, self.heads, self.kv_heads)?;
+            qkv = norms.of(&qkv, self.heads, self.kv_heads, lora)?;
         }
         if let Some(scale) = &self.head_scale {
             qkv = qkv.to_dtype(scale.dtype())?.broadcast_mul(scale)?.to_dtype(qkv.dtype())?;
@@ -198,12 +234,13 @@ impl Block {
     /// What attention output `y` [B, T, H, D] adds to the stream: [B, T, N].
     pub fn output(&self, y: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
         let y = self.o.apply(self.layer, y, lora, noise)?;
-        self.added(Place::AfterAttention, &y)
+        self.added(Place::AfterAttention, &y, lora)
     }
 
     /// What the MLP adds to the stream, [B, T, N], of the stream before its norm.
     pub(super) fn inner(&self, x: &Tensor, lora: Option<&Adapters>, noise: Option<u64>) -> TensorResult<Tensor> {
-        self.added(Place::AfterMlp, &self.mlp.forward(&self.normed(Place::BeforeMlp, x)?, lora, noise)?)
+        let x = self.normed(Place::BeforeMlp, x, lora)?;
+        self.added(Place::AfterMlp, &self.mlp.forward(&x, lora, noise)?, lora)
     }
 
     /// The stream [B, T, N] after attention output `y` [B, T, H, D] and the MLP.

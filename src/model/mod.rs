@@ -1,7 +1,7 @@
 //! The one decoder every family configures: embeddings, blocks, norm, head.
 //!
 //! Frozen weights live here once. A [`Net`] says what runs over them: the attention of every layer and, while
-//! training, changes of its projections. The teacher is the net with `softmax` in every layer, the student another net over the
+//! training, changes of the weights. The teacher is the net with `softmax` in every layer, the student another net over the
 //! same weights.
 
 mod backward;
@@ -13,9 +13,10 @@ mod mlp;
 mod norm;
 mod steps;
 
+use std::borrow::Cow;
 use std::sync::Mutex;
 
-use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use candle_core::{DType, Device, Result as TensorResult, Tensor, bail};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -193,37 +194,90 @@ impl Decoder {
         &mut self.blocks[layer]
     }
 
+    /// A tensor that is no part of experts, as the checkpoint has it.
+    pub fn stored(&self, role: Role) -> TensorResult<Tensor> {
+        let norm = |norm: Option<&Norm>, part| norm.map_or_else(|| missing(role), |norm| norm.stored(part));
+        match role {
+            Role::Embedding => Ok(self.embedding.clone()),
+            Role::Positions => self.positions.clone().map_or_else(|| missing(role), Ok),
+            Role::FinalNorm(part) => self.final_norm.stored(part),
+            Role::Head => Ok(self.head.clone()),
+            Role::Norm(l, place, part) => norm(self.blocks[l].norm(place), part),
+            Role::HeadNorm(l, p) => norm(self.blocks[l].head_norm(p), Part::Weight),
+            Role::Weight(l, p) => self.blocks[l].stored(&self.architecture, p),
+            Role::Bias(..) | Role::Router(_) | Role::Expert(..) => missing(role),
+        }
+    }
+
+    /// Replaces an embedding, a norm or the head by another that a checkpoint has.
+    pub fn set(&mut self, role: Role, stored: &Tensor) -> TensorResult<()> {
+        match role {
+            Role::Embedding => {
+                self.embedding = stored.clone();
+                if self.architecture.tied {
+                    self.head = stored.clone();
+                }
+            }
+            Role::Positions => self.positions = Some(stored.clone()),
+            Role::FinalNorm(part) => self.final_norm.set(part, stored)?,
+            Role::Head => self.head = stored.clone(),
+            Role::Norm(l, ..) | Role::HeadNorm(l, _) => match self.blocks[l].norm_mut(role) {
+                Some((norm, part)) => norm.set(part, stored)?,
+                None => return missing(role),
+            },
+            _ => return missing(role),
+        }
+        Ok(())
+    }
+
     /// Embeddings [B, T, N] of ids [B, T] from the first position on.
-    pub fn embed(&self, ids: &Tensor) -> TensorResult<Tensor> {
-        self.embed_at(ids, 0)
+    pub fn embed(&self, ids: &Tensor, lora: Option<&Adapters>) -> TensorResult<Tensor> {
+        self.embed_at(ids, 0, lora)
     }
 
     /// The same of ids that begin at position `start`.
-    fn embed_at(&self, ids: &Tensor, start: usize) -> TensorResult<Tensor> {
+    fn embed_at(&self, ids: &Tensor, start: usize, lora: Option<&Adapters>) -> TensorResult<Tensor> {
         let a = &self.architecture;
         let (b, t) = ids.dims2()?;
-        let mut x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, a.hidden))?;
+        let flat = ids.flatten_all()?;
+        let mut x = self.embedding.index_select(&flat, 0)?;
+        if let Some(delta) = lora.and_then(|lora| lora.delta(Role::Embedding)) {
+            // Of the rows that are read, rounded as the merged embedding would be.
+            x = (x.to_dtype(DType::F32)? + delta.index_select(&flat, 0)?)?.to_dtype(self.dtype)?;
+        }
+        let mut x = x.reshape((b, t, a.hidden))?;
         if a.embedding_scale != 1.0 {
             // Rounded to the precision of the embeddings, as the families that have it do.
             x = (x * a.embedding_scale)?;
         }
         match &self.positions {
             Some(_) if start + t > a.max_positions => {
-                candle_core::bail!("position {} of a model with {} learned positions", start + t, a.max_positions)
+                bail!("position {} of a model with {} learned positions", start + t, a.max_positions)
             }
-            Some(positions) => x.broadcast_add(&positions.narrow(0, start, t)?),
+            Some(positions) => {
+                let changed = lora.map_or(Ok(None), |lora| lora.changed(Role::Positions, positions))?;
+                let positions = changed.as_ref().unwrap_or(positions).narrow(0, start, t)?;
+                x.broadcast_add(&positions.to_dtype(x.dtype())?)
+            }
             None => Ok(x),
         }
     }
 
     /// The last hidden state behind the final norm, so that its product with the head gives logits up to the soft-cap.
-    pub fn final_norm(&self, x: &Tensor) -> TensorResult<Tensor> {
-        scaled(&self.final_norm.forward(x)?, self.architecture.logit_scale)
+    pub fn final_norm(&self, x: &Tensor, lora: Option<&Adapters>) -> TensorResult<Tensor> {
+        let norm: Cow<Norm> = self.final_norm.changed(lora, Role::FinalNorm)?;
+        scaled(&norm.forward(x)?, self.architecture.logit_scale)
     }
 
     /// What makes logits of hidden states.
-    pub fn head(&self) -> Head<'_> {
-        Head { weight: &self.head, softcap: self.architecture.logit_softcap }
+    pub fn head(&self, lora: Option<&Adapters>) -> TensorResult<Head> {
+        let role = if self.architecture.tied { Role::Embedding } else { Role::Head };
+        let softcap = self.architecture.logit_softcap;
+        let Some(delta) = lora.and_then(|lora| lora.delta(role)) else {
+            return Ok(Head { weight: self.head.clone(), softcap, trained: None });
+        };
+        let weight = (self.head.to_dtype(DType::F32)? + delta.detach())?.to_dtype(self.dtype)?;
+        Ok(Head { weight, softcap, trained: delta.track_op().then_some(delta) })
     }
 
     /// Rotary tables of positions `start..start + length`.
@@ -254,31 +308,38 @@ impl Decoder {
     /// with the block: nothing here is differentiated.
     pub fn hidden(&self, ids: &Tensor, net: &Net) -> TensorResult<Tensor> {
         let tables = self.tables(0, ids.dim(1)?)?;
-        let mut x = self.embed(ids)?;
+        let lora = net.adapters.as_ref();
+        let mut x = self.embed(ids, lora)?.detach();
         for (block, mixer) in self.blocks.iter().zip(&net.mixers) {
-            x = block.forward(&x, mixer.as_ref(), &tables, net.adapters.as_ref(), None)?.detach();
+            x = block.forward(&x, mixer.as_ref(), &tables, lora, None)?.detach();
         }
-        self.final_norm(&x)
+        Ok(self.final_norm(&x, lora)?.detach())
     }
 
     /// The same for tokens that follow those in `states`: prefill and decoding.
     pub fn extend(&self, ids: &Tensor, net: &Net, states: &mut [State]) -> TensorResult<Tensor> {
         let seen = states.first().map_or(0, |s| s.seen);
         let tables = self.tables(seen, ids.dim(1)?)?;
-        let mut x = self.embed_at(ids, seen)?;
+        let lora = net.adapters.as_ref();
+        let mut x = self.embed_at(ids, seen, lora)?.detach();
         for ((block, mixer), state) in self.blocks.iter().zip(&net.mixers).zip(states) {
-            let heads = block.heads(&x, &tables, net.adapters.as_ref(), None)?;
+            let heads = block.heads(&x, &tables, lora, None)?;
             let y = mixer.extend(&heads, state)?;
             // A state that remembered how it was computed would grow with every token.
             state.tensors.values_mut().for_each(|t| *t = t.detach());
-            x = block.finish(&x, &y, net.adapters.as_ref(), None)?.detach();
+            x = block.finish(&x, &y, lora, None)?.detach();
         }
-        self.final_norm(&x)
+        Ok(self.final_norm(&x, lora)?.detach())
     }
 
-    /// Logits [.., V] in f32 of normalised hidden states [.., N].
-    pub fn logits(&self, hidden: &Tensor) -> TensorResult<Tensor> {
-        let logits = crate::ops::linear::linear(hidden, &self.head)?.to_dtype(DType::F32)?;
-        self.architecture.logit_softcap.map_or(Ok(logits.clone()), |cap| bend(&logits, cap))
+    /// Logits [.., V] in f32 of normalised hidden states [.., N] of `net`.
+    pub fn logits(&self, hidden: &Tensor, net: &Net) -> TensorResult<Tensor> {
+        let head = self.head(net.adapters.as_ref())?;
+        let logits = crate::ops::linear::linear(hidden, &head.weight)?.to_dtype(DType::F32)?;
+        head.softcap.map_or(Ok(logits.clone()), |cap| bend(&logits, cap))
     }
+}
+
+fn missing<T>(role: Role) -> TensorResult<T> {
+    bail!("the decoder has no {role:?} by itself")
 }

@@ -47,7 +47,7 @@ impl<'a> Steps<'a> {
         }
         let ids = Tensor::new(tokens, &self.decoder.device)?.unsqueeze(1)?;
         let hidden = self.decoder.extend(&ids, self.net, &mut self.states)?;
-        self.logits = Some(self.decoder.logits(&hidden.flatten(0, 1)?)?);
+        self.logits = Some(self.decoder.logits(&hidden.flatten(0, 1)?, self.net)?);
         Ok(())
     }
 
@@ -60,7 +60,7 @@ impl<'a> Steps<'a> {
         let ids = Tensor::new(tokens, &self.decoder.device)?.unsqueeze(0)?;
         let hidden = self.decoder.extend(&ids, self.net, &mut self.states)?;
         let last = hidden.narrow(1, tokens.len() - 1, 1)?.flatten(0, 1)?.contiguous()?;
-        self.logits = Some(self.decoder.logits(&last)?);
+        self.logits = Some(self.decoder.logits(&last, self.net)?);
         Ok(())
     }
 

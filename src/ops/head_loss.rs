@@ -1,12 +1,13 @@
 //! Output head and loss in one op: logits are formed for a block of rows at a time and never kept.
 //!
 //! ```text
-//! z = h Wᵀ, or cap tanh(h Wᵀ / cap)                     h [M, N], W [V, N] frozen
+//! z = h Wᵀ, or cap tanh(h Wᵀ / cap)                     h [M, N], W [V, N]
 //! loss = Σ_i m_i (ce · -log softmax(z_i)[target_i] + kl · KL(softmax(z'_i) || softmax(z_i))) / Σ m
 //! ```
-//! with z' the teacher's logits from its own hidden state h' through the same head. The gradient with respect to h is
-//! computed in the same pass, block by block. The KL may also be taken the other way round, at another temperature, or
-//! over the teacher's likeliest tokens ([`Kl`]); these run in plain tensor operations.
+//! with z' the teacher's logits from its own hidden state h', through the same head or one of its own. The gradient with
+//! respect to h, and to W where that trains, is computed in the same pass, block by block. The KL may also be taken the
+//! other way round, at another temperature, or over the teacher's likeliest tokens ([`Kl`]); these run in plain tensor
+//! operations.
 
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
@@ -16,21 +17,23 @@ use super::{cpu, loss};
 use crate::recipe::{Direction, Kl};
 
 /// What makes logits of hidden states.
-#[derive(Debug, Clone, Copy)]
-pub struct Head<'a> {
+#[derive(Debug, Clone)]
+pub struct Head {
     /// [V, N]
-    pub weight: &'a Tensor,
+    pub weight: Tensor,
     /// Logits are bent to stay between -cap and cap.
     pub softcap: Option<f64>,
+    /// What trains of the weight, [V, N] in f32 or wider: it gets the weight's gradient.
+    pub trained: Option<Tensor>,
 }
 
-impl<'a> From<&'a Tensor> for Head<'a> {
-    fn from(weight: &'a Tensor) -> Self {
-        Head { weight, softcap: None }
+impl From<&Tensor> for Head {
+    fn from(weight: &Tensor) -> Self {
+        Head { weight: weight.clone(), softcap: None, trained: None }
     }
 }
 
-impl Head<'_> {
+impl Head {
     /// Logits [M, V] of `h` [M, N].
     fn logits(&self, h: &Tensor) -> Result<Tensor> {
         let z = h.matmul(&self.weight.t()?)?;
@@ -53,6 +56,8 @@ pub struct Target<'a> {
     pub mask: Option<&'a Tensor>,
     /// [M, N], the teacher's final hidden state.
     pub teacher: Option<&'a Tensor>,
+    /// The teacher's head where it is another one.
+    pub teacher_head: Option<&'a Head>,
     pub ce_weight: f64,
     pub kl_weight: f64,
     /// What the KL is; the default is KL(teacher || student) of the distributions as they are.
@@ -90,45 +95,38 @@ pub fn block_rows(vocab: usize, gpu: bool) -> usize {
     (logits / vocab).clamp(16, if gpu { 4096 } else { 1024 })
 }
 
-/// The loss, a scalar with gradient to `h`. Nothing waits for the device.
-pub fn head_loss<'a>(h: &Tensor, head: impl Into<Head<'a>>, target: &Target) -> Result<Tensor> {
+/// The loss, a scalar with gradient to `h` and to what trains of the head. Nothing waits for the device.
+pub fn head_loss(h: &Tensor, head: impl Into<Head>, target: &Target) -> Result<Tensor> {
     let head = head.into();
-    let (parts, per_row, gradient) = run(&h.detach(), head, head, target, true)?;
+    let (parts, per_row, [gradient, of_weight]) = run(&h.detach(), &head, target, true)?;
     let weights = [0.0, target.ce_weight, target.kl_weight, 0.0, 0.0].map(|w| w * per_row);
     let weights = Tensor::new(&weights, h.device())?.to_dtype(parts.dtype())?;
     let value = (parts * weights)?.sum_all()?.to_dtype(super::wide(h.dtype()))?;
     let gradient = gradient.map_or_else(|| h.zeros_like(), Ok)?;
-    loss::with_gradient(h, value, gradient)
+    let loss = loss::with_gradient(h, value, gradient)?;
+    match (&head.trained, of_weight) {
+        (Some(trained), Some(gradient)) => &loss + loss::with_gradient(trained, loss.zeros_like()?, gradient)?,
+        _ => Ok(loss),
+    }
 }
 
 /// The parts alone, no gradient.
-pub fn measure<'a>(h: &Tensor, head: impl Into<Head<'a>>, target: &Target) -> Result<Sums> {
-    let head = head.into();
-    measure_between(h, head, head, target)
-}
-
-/// The parts where the teacher has a head of its own.
-pub fn measure_between(h: &Tensor, head: Head, teacher_head: Head, target: &Target) -> Result<Sums> {
-    let parts = run(h, head, teacher_head, target, false)?.0.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+pub fn measure(h: &Tensor, head: impl Into<Head>, target: &Target) -> Result<Sums> {
+    let parts = run(h, &head.into(), target, false)?.0.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let [rows, nll, kl, agree, teacher_nll] = parts[..] else { candle_core::bail!("{} sums of a loss", parts.len()) };
     Ok(Sums { rows, nll, kl, agree, teacher_nll })
 }
 
-/// The fields of [`Sums`] in order as a tensor `[5]` on the device, the weight of a row, the gradient.
-fn run(
-    h: &Tensor,
-    head: Head,
-    teacher_head: Head,
-    target: &Target,
-    with_gradient: bool,
-) -> Result<(Tensor, f64, Option<Tensor>)> {
+/// The fields of [`Sums`] in order as a tensor `[5]` on the device, the weight of a row, the gradients of `h` and of the
+/// head's weight, the latter in f32 or wider.
+fn run(h: &Tensor, head: &Head, target: &Target, with_gradient: bool) -> Result<(Tensor, f64, [Option<Tensor>; 2])> {
     let rows = h.dim(0)?;
     let count = match target.mask {
         Some(mask) => mask.sum_all()?.to_scalar::<f32>()? as f64,
         None => rows as f64,
     };
     let per_row = 1.0 / count.max(1.0);
-    let (mut sums, mut gradients) = (Vec::new(), Vec::new());
+    let (mut sums, mut gradients, mut of_weight) = (Vec::new(), Vec::new(), None::<Tensor>);
     let block = block_rows(head.weight.dim(0)?, !h.device().is_cpu());
     for start in (0..rows).step_by(block) {
         let n = block.min(rows - start);
@@ -137,18 +135,25 @@ fn run(
         let teacher = teacher.map(|t| t.narrow(0, start, n)).transpose()?;
         let tokens = target.tokens.narrow(0, start, n)?;
         let part = Target { tokens: &tokens, mask: mask.as_ref(), teacher: teacher.as_ref(), ..*target };
-        let logits = head.logits(&h.narrow(0, start, n)?)?;
+        let h = h.narrow(0, start, n)?;
+        let logits = head.logits(&h)?;
         // A kernel may write the gradient over the logits.
         let kept = if head.softcap.is_some() && with_gradient { logits.copy()? } else { logits.clone() };
-        let teacher = part.teacher.map(|t| teacher_head.logits(t)).transpose()?;
+        let teacher = part.teacher.map(|t| part.teacher_head.unwrap_or(head).logits(t)).transpose()?;
         let (s, gradient) = block_loss(logits, teacher.as_ref(), &part, per_row, with_gradient)?;
         sums.push(s);
         if with_gradient {
-            gradients.push(head.unbend(gradient, &kept)?.to_dtype(h.dtype())?.matmul(head.weight)?);
+            let gradient = head.unbend(gradient, &kept)?;
+            if head.trained.is_some() {
+                let dtype = super::wide(h.dtype());
+                let part = gradient.to_dtype(dtype)?.t()?.matmul(&h.to_dtype(dtype)?)?; // [V, N]
+                of_weight = Some(of_weight.map_or(Ok(part.clone()), |sum| sum + part)?);
+            }
+            gradients.push(gradient.to_dtype(h.dtype())?.matmul(&head.weight)?);
         }
     }
     let gradient = if gradients.is_empty() { None } else { Some(Tensor::cat(&gradients, 0)?) };
-    Ok((Tensor::stack(&sums, 0)?.sum(0)?, per_row, gradient))
+    Ok((Tensor::stack(&sums, 0)?.sum(0)?, per_row, [gradient, of_weight]))
 }
 
 /// Sums `[5]` and ∂loss/∂logits of one block, by the fastest form there is.
@@ -462,6 +467,7 @@ mod tests {
                         tokens: &tokens,
                         mask: masked.then_some(&mask),
                         teacher: taught.then_some(&t),
+                        teacher_head: None,
                         ce_weight: 0.7,
                         kl_weight: 1.3,
                         kl,
@@ -487,11 +493,57 @@ mod tests {
         for (kl, plain) in divergences().into_iter().flat_map(|kl| [(kl, false), (kl, true)]) {
             check(&format!("bent head_loss {kl:?}"), &[input("randn", &[rows, width], 1)], 5e-6, |x| {
                 let (t, head) = (t.to_dtype(x[0].dtype())?, head.to_dtype(x[0].dtype())?);
-                let target =
-                    Target { tokens: &tokens, mask: None, teacher: Some(&t), ce_weight: 0.7, kl_weight: 1.3, kl };
+                let target = Target {
+                    tokens: &tokens,
+                    mask: None,
+                    teacher: Some(&t),
+                    teacher_head: None,
+                    ce_weight: 0.7,
+                    kl_weight: 1.3,
+                    kl,
+                };
                 match (x[0].dtype(), plain) {
                     (DType::F64, false) | (DType::F32, true) => capped_oracle(&x[0], &head, Some(2.5), &target),
-                    _ => head_loss(&x[0], Head { weight: &head, softcap: Some(2.5) }, &target),
+                    _ => head_loss(&x[0], Head { softcap: Some(2.5), ..Head::from(&head) }, &target),
+                }
+            });
+        }
+    }
+
+    /// A head that trains beside a teacher's own, whose gradient is the sum over several blocks of rows.
+    #[test]
+    fn a_head_that_trains_has_its_gradient() {
+        let (vocab, width) = (50, 6);
+        let rows = block_rows(vocab, false) + 29;
+        let tokens = Tensor::from_iter((0..rows as u32).map(|i| i * 7 % vocab as u32), &Device::Cpu).unwrap();
+        let (t, own) = (input("randn", &[rows, width], 3), input("randn", &[vocab, width], 4));
+        let inputs = [input("randn", &[rows, width], 1), input("randn", &[vocab, width], 2)];
+        for softcap in [None, Some(2.5)] {
+            check(&format!("head that trains, bent {softcap:?}"), &inputs, 5e-6, |x| {
+                let (t, own) = (t.to_dtype(x[0].dtype())?, own.to_dtype(x[0].dtype())?);
+                let own = Head { softcap, ..Head::from(&own) };
+                let target = Target {
+                    tokens: &tokens,
+                    mask: None,
+                    teacher: Some(&t),
+                    teacher_head: Some(&own),
+                    ce_weight: 0.7,
+                    kl_weight: 1.3,
+                    kl: Kl::default(),
+                };
+                let head = Head { weight: x[1].detach(), softcap, trained: Some(x[1].clone()) };
+                match x[0].dtype() {
+                    // The definition through the gradient of whole logits.
+                    DType::F64 => {
+                        let z = x[0].matmul(&x[1].t()?)?;
+                        let z = softcap.map_or(Ok(z.clone()), |cap| (z / cap)?.tanh()? * cap)?;
+                        let log_p = |z: &Tensor| z.broadcast_sub(&z.exp()?.sum_keepdim(1)?.log()?);
+                        let (log_q, log_t) = (log_p(&z)?, log_p(&own.logits(&t)?)?);
+                        let ce = log_q.gather(&tokens.unsqueeze(1)?, 1)?.squeeze(1)?.neg()?;
+                        let kl = (log_t.exp()? * (&log_t - &log_q)?)?.sum(1)?;
+                        ((ce * 0.7)? + (kl * 1.3)?)?.mean_all()
+                    }
+                    _ => head_loss(&x[0], head, &target),
                 }
             });
         }
@@ -513,7 +565,15 @@ mod tests {
                 let (mask, teacher) = (masked.then_some(&mask), taught.then_some(&t));
                 loss(
                     &head,
-                    &Target { tokens: &tokens, mask, teacher, ce_weight: 0.7, kl_weight: 1.3, kl: Kl::default() },
+                    &Target {
+                        tokens: &tokens,
+                        mask,
+                        teacher,
+                        teacher_head: None,
+                        ce_weight: 0.7,
+                        kl_weight: 1.3,
+                        kl: Kl::default(),
+                    },
                 )
             };
             super::super::check::check_gpu(

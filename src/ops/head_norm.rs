@@ -1,5 +1,5 @@
 //! RMSNorm of queries and keys, each head over its own channels: `x` [B, T, H + 2 Hkv, D] packs queries, keys and values,
-//! and values stay as they are. Weights `[D]` are frozen.
+//! and values stay as they are. Weights `[D]` are mostly frozen; where one trains, parts are normalised one by one.
 
 use candle_core::{Result, Tensor};
 
@@ -8,7 +8,7 @@ use super::rms_norm::rms_norm;
 /// `weights` of queries and keys; the first `heads` heads are queries, the next `kv_heads` keys.
 pub fn head_norm(x: &Tensor, weights: [&Tensor; 2], heads: usize, kv_heads: usize, eps: f64) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if super::cuda::ready(x) && x.dim(3)?.is_multiple_of(4) {
+    if super::cuda::ready(x) && x.dim(3)?.is_multiple_of(4) && !weights.iter().any(|w| w.track_op()) {
         let weights = Tensor::stack(&weights, 0)?.to_dtype(candle_core::DType::F32)?.contiguous()?;
         return on_gpu(&x.contiguous()?, weights, heads, kv_heads, eps as f32);
     }

@@ -1,5 +1,5 @@
-//! RMSNorm with a gradient: `y = x / sqrt(mean(x²) + eps) * weight` over the last axis, weight `[N]` frozen; a weight in
-//! f32 multiplies before the result is rounded to the precision of `x`.
+//! RMSNorm with a gradient: `y = x / sqrt(mean(x²) + eps) * weight` over the last axis, weight `[N]`; one in f32 multiplies
+//! before the result is rounded to the precision of `x`. The weight is mostly frozen and only then part of the kernels.
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -8,6 +8,9 @@ use super::cpu;
 use super::loss::pulled;
 
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if weight.track_op() {
+        return trained(x, weight, eps);
+    }
     #[cfg(feature = "cuda")]
     if super::cuda::ready(x) {
         return on_gpu(&x.contiguous()?, &weight.contiguous()?, eps as f32);
@@ -16,6 +19,13 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
         return plain(x, weight, eps);
     }
     x.contiguous()?.apply_op1(Op { weight: weight.contiguous()?, eps: eps as f32 })
+}
+
+/// With a gradient for the weight as well.
+fn trained(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let dtype = super::wide(x.dtype());
+    let normed = rms_norm(x, &Tensor::ones(weight.shape(), dtype, x.device())?, eps)?;
+    normed.to_dtype(dtype)?.broadcast_mul(&weight.to_dtype(dtype)?)?.to_dtype(x.dtype())
 }
 
 /// What the gradient of the result gives `x`.
@@ -161,6 +171,15 @@ mod tests {
         for kind in INPUTS {
             check(kind, &[input(kind, &[2, 33, 24], 1)], 2e-6, |x| super::rms_norm(&x[0], &weight, 1e-5));
         }
+    }
+
+    #[test]
+    fn a_weight_that_trains_has_its_gradient() {
+        let inputs = [input("randn", &[2, 33, 24], 1), input("randn", &[24], 7)];
+        check("weight", &inputs, 2e-6, |x| match x[0].dtype() {
+            candle_core::DType::F64 => super::plain(&x[0], &x[1], 1e-5),
+            _ => super::rms_norm(&x[0], &x[1], 1e-5),
+        });
     }
 
     #[cfg(feature = "cuda")]

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Data;
-use crate::families::Projection;
+use crate::families::{self, Projection};
 
 /// Names a stage cannot have: its progress lies in a folder of its name, its quality in a table beside these forms.
 pub const RESERVED: [&str; 13] = [
@@ -16,10 +16,12 @@ pub const RESERVED: [&str; 13] = [
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Stage {
-    /// What trains: `mixer` (what the mixers added), `lora`, and projections by their checkpoint names, which train in
-    /// full in the converted layers. A full projection is the frozen weight plus a change that starts at 0 and is kept
-    /// over the stages; weight decay pulls the change to 0, the weight to the teacher's. A `lora` stage adds its own
-    /// adapters. What an earlier stage trained and this one does not name stays as it is; all is merged at the end.
+    /// What trains: `mixer` (what the mixers added), `lora`, and weights in full: projections, and with a loss at the end
+    /// of the student norms, embeddings and head, by the last word of their checkpoint names (`input_layernorm`, `norm`,
+    /// `embed_tokens`, `lm_head`). What belongs to layers trains in the converted ones. Such a weight is the frozen one
+    /// plus a change that starts at 0 and is kept over the stages; weight decay pulls the change to 0, the weight to the
+    /// teacher's. A `lora` stage adds its own adapters. What an earlier stage trained and this one does not name stays as
+    /// it is; all is merged at the end.
     #[schemars(schema_with = "train_schema")]
     pub train: Vec<String>,
     /// Training tokens; 0 skips the stage. Passes over the data repeat until they are reached.
@@ -47,7 +49,7 @@ pub struct Stage {
     /// Peak learning rate of LoRA; defaults to `lr`.
     #[schemars(range(min = 0.0))]
     pub lr_lora: Option<f64>,
-    /// Peak learning rate of projections that train in full; defaults to `lr`.
+    /// Peak learning rate of projections, norms, embeddings and head that train in full; defaults to `lr`.
     #[schemars(range(min = 0.0))]
     pub lr_projections: Option<f64>,
     /// Optimiser steps between evaluations.
@@ -248,8 +250,13 @@ fn projections_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
 }
 
 fn train_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    let names = ["mixer", "lora"].into_iter().chain(Projection::ALL.map(Projection::name)).collect::<Vec<_>>();
-    schemars::json_schema!({ "type": "array", "items": { "type": "string", "enum": names } })
+    schemars::json_schema!({ "type": "array", "items": { "type": "string", "enum": trainable() } })
+}
+
+/// What `train` may name.
+fn trainable() -> Vec<&'static str> {
+    let own = ["mixer", "lora"].into_iter().chain(Projection::ALL.map(Projection::name));
+    own.chain(families::words()).collect()
 }
 
 impl Default for Stage {
@@ -345,6 +352,12 @@ impl Stage {
         Projection::ALL.into_iter().filter(|p| self.trains(p.name())).collect()
     }
 
+    /// What else `train` names of the model: norms, embeddings, head.
+    pub fn modules(&self) -> impl Iterator<Item = &str> {
+        let words = families::words();
+        self.train.iter().map(String::as_str).filter(move |word| words.contains(word))
+    }
+
     /// Projections that this stage's LoRA sits on, in block order; none where it trains no LoRA.
     pub fn lora_targets(&self) -> Vec<Projection> {
         let named = |p: &Projection| self.trains("lora") && self.lora.targets.iter().any(|t| t == p.name());
@@ -367,10 +380,9 @@ impl Stage {
         if self.train.is_empty() {
             wrong("train", "names nothing; `tokens = 0` skips the stage".into());
         }
-        for bad in self.train.iter().filter(|t| !["mixer", "lora"].contains(&t.as_str())) {
-            if !known.contains(&bad.as_str()) {
-                wrong("train", format!("names `{bad}`; known: mixer, lora, {}", known.join(", ")));
-            }
+        let trainable = trainable();
+        for bad in self.train.iter().filter(|t| !trainable.contains(&t.as_str())) {
+            wrong("train", format!("names `{bad}`; known: {}", trainable.join(", ")));
         }
         for bad in self.lora.targets.iter().filter(|t| !known.contains(&t.as_str())) {
             wrong("lora.targets", format!("names `{bad}`, which is no projection; known: {}", known.join(", ")));
@@ -385,6 +397,9 @@ impl Stage {
                     let loss = if p == Projection::O { "losses before `o_proj`" } else { "a loss of single layers" };
                     wrong(key, format!("names `{}`, which learns nothing from {loss}", p.name()));
                 }
+            }
+            for word in self.modules() {
+                wrong("train", format!("names `{word}`, which trains at the end of the whole student only"));
             }
         }
         if self.micro_batch > self.batch {

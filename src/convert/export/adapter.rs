@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::{FileRow, Shape, create, describe, pretty, put, row};
 use crate::checkpoint::Config;
 use crate::checkpoint::writer::{Data, Entry, tensor_bytes, write_single};
-use crate::convert::load::{Linearization, MIXERS, Model};
+use crate::convert::load::{Description, Linearization, MIXERS, Model};
 use crate::error::{Error, Kind, Result};
 use crate::families::{Architecture, Claim, Family, Layout, Names, Projection, Role};
 use crate::model::Decoder;
@@ -36,7 +36,7 @@ const CHANGED: &str = "changed.safetensors";
 /// Before every name of a PEFT file.
 pub(super) const PREFIX: &str = "base_model.model.";
 
-/// Changes of projections before they are merged.
+/// Changes of weights before they are merged.
 pub struct Adapter {
     low_rank: Vec<Lora>,
     /// Whole weights by checkpoint name and as the checkpoint has them, without their LoRA.
@@ -58,8 +58,8 @@ struct Lora {
 }
 
 impl Adapter {
-    /// Of a student over `decoder`, whose weights are those of the base model still.
-    pub fn of(adapters: &Adapters, decoder: &Decoder) -> Result<Adapter> {
+    /// Of a student over `decoder`, whose weights are those of the base model still, as `base` describes it.
+    pub fn of(adapters: &Adapters, decoder: &Decoder, base: &Description) -> Result<Adapter> {
         let a = &decoder.architecture;
         let mut modules: BTreeMap<(usize, Projection), Vec<LowRank>> = BTreeMap::new();
         for low_rank in adapters.low_rank()? {
@@ -78,9 +78,13 @@ impl Adapter {
             let rows = a.names.beside(leader).map(part).collect::<candle_core::Result<Vec<_>>>()?;
             Ok((a.name(Role::Weight(layer, leader)), a.stored(leader, &Tensor::cat(&rows, 0)?)?))
         });
+        let whole = adapters.roles().map(|role| {
+            let tensor = decoder.stored(role)?;
+            Ok((base.name(role), adapters.changed(role, &tensor)?.unwrap_or(tensor).detach()))
+        });
         Ok(Adapter {
             low_rank: low_rank.collect::<Result<_>>()?,
-            full: full.collect::<Result<_>>()?,
+            full: full.chain(whole).collect::<Result<_>>()?,
             names: Family::usual_names(a),
             columns: a.layout == Layout::Columns,
         })

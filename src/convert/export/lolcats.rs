@@ -153,8 +153,8 @@ pub fn import(
     let mut merged = Vec::new();
     if !lora.is_empty() {
         let adapters = Adapters::of(lora)?;
-        adapter = Some(Adapter::of(&adapters, &decoder)?);
-        merged = fold(&mut decoder, &adapters, |name| Ok(model.checkpoint.info(name)?.dtype))?;
+        adapter = Some(Adapter::of(&adapters, &decoder, &model.description)?);
+        merged = fold(&mut decoder, &adapters, &model)?;
     }
     let parts = Parts { model: &model, decoder: &decoder, student: &net, merged: &merged };
     let mut files = export(&parts, Some(&linearization), shape, dir, progress)?;

@@ -77,7 +77,7 @@ impl Manifest {
 pub fn reference(decoder: &Decoder, net: &Net, ids: &[u32]) -> Result<Reference> {
     let hidden = decoder.hidden(&Tensor::new(ids, &decoder.device)?.unsqueeze(0)?, net)?;
     let last = hidden.narrow(1, ids.len() - 1, 1)?.flatten(0, 1)?.contiguous()?;
-    let logits = decoder.logits(&last)?.squeeze(0)?.to_vec1::<f32>()?;
+    let logits = decoder.logits(&last, net)?.squeeze(0)?.to_vec1::<f32>()?;
     let mut top: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, z)| (i as u32, *z)).collect();
     top.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     top.truncate(16);

@@ -36,7 +36,7 @@ pub struct Parts<'a> {
     /// The weights after merging.
     pub decoder: &'a Decoder,
     pub student: &'a Net,
-    /// Names of the weights that carry folded adapters.
+    /// Names of the tensors that changes were folded into.
     pub merged: &'a [String],
 }
 
@@ -57,12 +57,14 @@ pub fn export(
 ) -> Result<Vec<FileRow>> {
     let Parts { model, decoder, student, merged } = *parts;
     let mut entries = base_entries(model, shape.dtype)?;
+    if merged.contains(&model.description.name(Role::Embedding)) {
+        // A second spelling of it would be the old one.
+        entries.retain(|e| model.description.claims.get(&e.name) != Some(&Claim::Tied));
+    }
     for entry in entries.iter_mut().filter(|e| merged.contains(&e.name)) {
-        if let Some(Claim::Reads(Role::Weight(layer, p))) = model.description.claims.get(&entry.name) {
-            let (layer, p, dtype) = (*layer, *p, entry.dtype);
-            entry.data = Data::Lazy(Box::new(move || {
-                writer::tensor_bytes(&decoder.block(layer).stored(&decoder.architecture, p)?, dtype)
-            }));
+        if let Some(Claim::Reads(role)) = model.description.claims.get(&entry.name) {
+            let (role, dtype) = (*role, entry.dtype);
+            entry.data = Data::Lazy(Box::new(move || writer::tensor_bytes(&decoder.stored(role)?, dtype)));
         }
     }
     for param in student.mixers.iter().flat_map(|m| m.params()) {

@@ -320,6 +320,8 @@ class Pass:
             return torch.cat([z.softmax(-1), (-z).softmax(-1)], -1).clamp(min=1e-12)
         if kind == "exp_dim":
             return torch.cat([z - z.amax(-1, keepdim=True), z.amin(-1, keepdim=True) - z], -1).exp().clamp(min=1e-12)
+        if kind == "exp":
+            return torch.cat([z, -z], -1).exp().clamp(min=1e-12)
         if kind == "relu":
             return z.relu()
         if kind == "taylor":
@@ -332,6 +334,10 @@ class Pass:
 
     def log_decay(self, width):
         """What a state forgets: [B, H, T], or [B, H, T, width] of the kinds with a number per channel."""
+        g = self.unbounded_decay(width)
+        return g.clamp(min=-1) if self.settings.get("exponents") == "recentred" else g
+
+    def unbounded_decay(self, width):
         gate = self.settings["gate"]
         kind, (rows, heads, time, _) = gate["kind"], self.q.shape
         log_sigmoid = lambda x: F.logsigmoid(x) / gate["normaliser"]

@@ -14,7 +14,7 @@
 //! | whole model, blocks | 6 per parameter: forward, recomputation, gradient of the input; 4 where the graph was kept |
 //! | whole model, changes of projections | 8 per parameter: the same, and their own gradient |
 //! | whole model, attention | 5 x the mixer's: forward, recomputation, again in the backward pass, gradient (2) |
-//! | whole model, head | 4 per parameter, 6 with KL |
+//! | whole model, head | 4 per parameter, 6 with KL, 2 more where it trains |
 //! | whole model with KL, teacher | 2 per parameter of the blocks, and its attention |
 //!
 //! Memory is counted in elements per token of a micro-batch, from the tensors that `transfer` and `recover` hold at
@@ -28,9 +28,12 @@
 //! | layer-wise, the MLP after it | 5 N + 2 P + Q + 3 I |
 //! | whole model, inputs of blocks | (layers + 5) N, one more with KL |
 //! | whole model, one block for its backward pass | 4 N + 3 P + Q + 2 E + 2 I, and three more outputs for each projection that is changed in full or with dropout |
-//! | whole model, where the MLP is changed | 2 N + I more |
+//! | whole model, where the MLP is changed or a norm beside it trains | 2 N + I more |
 //! | whole model, gradients of a block | 3 N + the larger of 3 I (5 I where the MLP is changed) and Q + P + 6 E |
 //! | verify, a layer of one sequence | as layer-wise |
+//!
+//! Embeddings and a head that are changed are added up anew for every micro-batch, and the gradient of one that trains is
+//! there in f32 beside the sum of all: 4 bytes and the precision of the weights per element.
 //!
 //! Graphs that are kept are gone before others are computed again, so one of both is alive.
 //!
@@ -47,7 +50,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use super::super::trained::Reach;
-use crate::families::{Architecture, Projection};
+use crate::families::{Architecture, Place, Projection, Role};
 use crate::mixers::Design;
 use crate::mixers::softmax;
 use crate::ops::head_loss::block_rows;
@@ -185,10 +188,12 @@ impl<'a> Costs<'a> {
     pub fn stages(&self, recipe: &recipe::Recipe, train_tokens: Option<&BTreeMap<String, u64>>) -> Vec<Stage> {
         let (mut found, mut before) = (Vec::new(), Changes::default());
         for (name, s) in recipe.in_order() {
-            let reach = Reach::of(s, self.a.layers, self.converted);
+            let reach = Reach::of(s, self.a, self.converted);
             let now = before.with(self.a, s.lora.rank, &reach);
+            let again = reach.whole.iter().filter(|(role, _)| before.whole.contains_key(role)).map(|(_, shape)| shape);
             let changing = now.elements() - before.elements()
-                + self.full(reach.full.iter().filter(|at| before.full.contains(*at)));
+                + self.full(reach.full.iter().filter(|at| before.full.contains(*at)))
+                + again.map(|shape| size(shape)).sum::<u64>();
             let mixers = if s.trains("mixer") { self.new } else { 0 };
             let tokens = train_tokens.and_then(|t| t.get(name)).map_or(s.tokens, |t| s.budget(*t));
             if tokens == 0 || changing + mixers == 0 {
@@ -229,7 +234,7 @@ impl<'a> Costs<'a> {
         let teacher = softmax::flops_per_token(a, 0..=last, s.seq_len);
         let student = 3.0 * count * self.design.flops_per_token(a, s.seq_len);
         let output = if s.loss.hidden() { 6.0 * count * elements(a, Projection::O) as f64 } else { 0.0 };
-        let changed = 2.0 * own as f64 * packed + 6.0 * changes.elements() as f64;
+        let changed = 2.0 * own as f64 * packed + 6.0 * changes.products() as f64;
 
         let squares = match (self.device, s.loss.attention_ce > 0.0) {
             (PlanDevice::Cpu, false) if self.a.softcap.is_none() => [0, 0],
@@ -256,7 +261,9 @@ impl<'a> Costs<'a> {
         let kept = (0..a.layers).filter(|l| !self.converted.contains(l));
         let attention =
             converted as f64 * self.design.flops_per_token(a, s.seq_len) + softmax::flops_per_token(a, kept, s.seq_len);
-        let head = (a.vocab * a.hidden) as f64 * if taught { 6.0 } else { 4.0 };
+        let own_head = changes.whole.contains_key(&if a.tied { Role::Embedding } else { Role::Head });
+        let per_parameter = if taught { 6.0 } else { 4.0 } + if own_head { 2.0 } else { 0.0 };
+        let head = (a.vocab * a.hidden) as f64 * per_parameter;
         let teacher = if taught { 2.0 * blocks + softmax::flops_per_token(a, 0..a.layers, s.seq_len) } else { 0.0 };
 
         // Low rank without dropout is part of its product.
@@ -268,7 +275,8 @@ impl<'a> Costs<'a> {
         let low_rank =
             |p: &Projection| s.lora.rank as u64 + if s.lora.dropout > 0.0 { 2 * a.shape(*p)[1] as u64 } else { 0 };
         let mlp = [Projection::Gate, Projection::Up, Projection::Down];
-        let mlp = match changes.places.iter().any(|(_, at)| mlp.contains(at)) {
+        let beside = |role: &Role| matches!(role, Role::Norm(_, Place::BeforeMlp | Place::AfterMlp, _));
+        let mlp = match changes.places.iter().any(|(_, at)| mlp.contains(at)) || changes.whole.keys().any(beside) {
             true => (2 * w.hidden + 3 * w.mlp, 5 * w.mlp),
             false => (2 * w.mlp, 3 * w.mlp),
         };
@@ -296,7 +304,7 @@ impl<'a> Costs<'a> {
 
         let again = (layers - kept) as f64 / layers as f64;
         let passes = |once: f64, more: f64| once + again * more;
-        let changed = passes(6.0, 2.0) * changes.elements() as f64;
+        let changed = passes(6.0, 2.0) * changes.products() as f64;
         let block = graphs(micro) * (kept == 0) as u64 + self.activations(micro, s.seq_len, gradients);
         let inputs = self.activations(micro, s.seq_len, (layers + 5 + taught as u64) * w.hidden);
         Cost {
@@ -304,7 +312,8 @@ impl<'a> Costs<'a> {
             kept: kept as usize,
             flops_per_token: passes(4.0, 2.0) * blocks + changed + passes(4.0, 1.0) * attention + head + teacher,
             inputs: inputs + kept * graphs(micro),
-            working: block.max(self.logits(micro * s.seq_len, taught, s.kl == Kl::default())),
+            working: block.max(self.logits(micro * s.seq_len, taught, s.kl == Kl::default()))
+                + changes.tables() * (4 + self.device.element()),
         }
     }
 
@@ -385,7 +394,7 @@ struct Cost {
     working: u64,
 }
 
-/// Changes of projections up to a stage.
+/// Changes of weights up to a stage.
 #[derive(Default)]
 struct Changes {
     /// Elements of all LoRA and of all changes in full.
@@ -394,6 +403,8 @@ struct Changes {
     places: BTreeSet<(usize, Projection)>,
     /// Those of changes in full.
     full: BTreeSet<(usize, Projection)>,
+    /// Elements of embeddings, norms and head.
+    whole: BTreeMap<Role, u64>,
 }
 
 impl Changes {
@@ -401,7 +412,9 @@ impl Changes {
     fn with(&self, a: &Architecture, rank: usize, reach: &Reach) -> Changes {
         let sides = |p: Projection| a.shape(p).iter().map(|d| *d as u64).sum::<u64>();
         let full: BTreeSet<_> = self.full.iter().chain(&reach.full).copied().collect();
+        let more = reach.whole.iter().map(|(role, shape)| (*role, size(shape)));
         Changes {
+            whole: self.whole.iter().map(|(role, count)| (*role, *count)).chain(more).collect(),
             low_rank: self.low_rank + rank as u64 * reach.lora.iter().map(|(_, p)| sides(*p)).sum::<u64>(),
             full_rank: full.iter().map(|(_, p)| elements(a, *p)).sum(),
             places: self.places.iter().chain(&reach.lora).chain(&full).copied().collect(),
@@ -409,11 +422,26 @@ impl Changes {
         }
     }
 
-    fn elements(&self) -> u64 {
+    /// Elements of what inputs are multiplied by.
+    fn products(&self) -> u64 {
         self.low_rank + self.full_rank
+    }
+
+    fn elements(&self) -> u64 {
+        self.products() + self.whole.values().sum::<u64>()
+    }
+
+    /// Elements of embeddings and head.
+    fn tables(&self) -> u64 {
+        let tables = [Role::Embedding, Role::Positions, Role::Head];
+        tables.iter().filter_map(|role| self.whole.get(role)).sum()
     }
 }
 
 fn elements(a: &Architecture, p: Projection) -> u64 {
     a.shape(p).iter().map(|d| *d as u64).product()
+}
+
+fn size(shape: &[usize]) -> u64 {
+    shape.iter().map(|d| *d as u64).product()
 }

@@ -84,29 +84,31 @@ fn restored(student: Subject, teacher: Subject, batch: &Batch) -> Result<(Vec<f6
     let tables = decoder.tables(0, batch.inputs.dim(1)?)?;
     let wanted = decoder.hidden(&batch.inputs, teacher.net)?.flatten(0, 1)?; // [B T, N]
     let (tokens, mask) = (batch.targets.flatten_all()?, batch.mask.as_ref().map(Tensor::flatten_all).transpose()?);
+    let (mixers, lora) = (&student.net.mixers, student.net.adapters.as_ref());
+    let (head, teacher_head) = (decoder.head(lora)?, decoder.head(None)?);
     let target = Target {
         tokens: &tokens,
         mask: mask.as_ref(),
         teacher: Some(&wanted),
+        teacher_head: Some(&teacher_head),
         ce_weight: 1.0,
         kl_weight: 1.0,
         kl: Kl::default(),
     };
-    let (mixers, lora) = (&student.net.mixers, student.net.adapters.as_ref());
     let above = |x: Tensor, from: usize| -> TensorResult<Tensor> {
         (from..mixers.len()).try_fold(x, |x, layer| {
             Ok(decoder.block(layer).forward(&x, mixers[layer].as_ref(), &tables, lora, None)?.detach())
         })
     };
     let (mut kl, mut targets) = (Vec::with_capacity(mixers.len()), 0.0);
-    let mut x = decoder.embed(&batch.inputs)?; // [B, T, N], below this layer all are converted
+    let mut x = decoder.embed(&batch.inputs, lora)?.detach(); // [B, T, N], below this layer all are converted
     for (layer, mixer) in mixers.iter().enumerate() {
         let block = decoder.block(layer);
         // A restored layer is the teacher's, without what the stages before changed in it.
         let heads = block.heads(&x, &tables, None, None)?;
         let softmax = block.finish(&x, &teacher.net.mixers[layer].forward(&heads)?, None, None)?.detach();
         let last = above(softmax, layer + 1)?;
-        let sums = measure(&decoder.final_norm(&last)?.flatten(0, 1)?, decoder.head(), &target)?;
+        let sums = measure(&decoder.final_norm(&last, lora)?.flatten(0, 1)?, head.clone(), &target)?;
         kl.push(sums.kl);
         targets = sums.rows;
         if layer + 1 < mixers.len() {

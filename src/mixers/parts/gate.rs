@@ -1,6 +1,6 @@
 //! What a state forgets: natural logarithms of decays, at most 0, in at least f32.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +9,7 @@ use crate::mixers::linear::project;
 use crate::mixers::pass::wide_of;
 use crate::mixers::{Heads, Spec};
 use crate::ops::gate::{self, Curve};
+use crate::ops::gated_linear_attn::Exponents;
 use crate::params::{Init, Param, named};
 
 /// Where the decay comes from.
@@ -25,6 +26,9 @@ pub struct Gate {
     /// Inner width of `low_rank`.
     #[schemars(range(min = 1))]
     pub rank: usize,
+    /// Start the bias at the distances that the teacher's heads attend over on a few sequences of the training text: half
+    /// of the state is forgotten after the mean one. For kinds that have a bias.
+    pub attended: bool,
 }
 
 /// Kinds of gates.
@@ -51,7 +55,7 @@ pub enum GateKind {
 
 impl Default for Gate {
     fn default() -> Self {
-        Gate { kind: GateKind::ScalarHead, normaliser: 1.0, bias: 4.0, rank: 16 }
+        Gate { kind: GateKind::ScalarHead, normaliser: 1.0, bias: 4.0, rank: 16, attended: false }
     }
 }
 
@@ -70,13 +74,24 @@ impl Gate {
         matches!(self.kind, GateKind::LowRank | GateKind::Pooled)
     }
 
+    /// Says what cannot be, if so.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        match self.kind {
+            GateKind::None | GateKind::Pooled | GateKind::Retention | GateKind::Lightning if self.attended => {
+                Err("`mixer.gate.attended` starts a bias, which this `mixer.gate.kind` has not".into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Its tensors, for keys of `width` channels.
     pub fn specs(&self, a: &Architecture, width: usize) -> Vec<Spec> {
+        let bias = |init| if self.attended { Init::Attended } else { init };
         let new = |name, shape: &[usize], init, scalar| Spec { name, shape: shape.to_vec(), init, scalar };
         let scalars = |count: usize| {
             vec![
                 new(SCALAR[0], &[count, a.hidden], Init::Constant(0.0), true),
-                new(SCALAR[1], &[count], Init::Constant(self.bias), true),
+                new(SCALAR[1], &[count], bias(Init::Constant(self.bias)), true),
             ]
         };
         match self.kind {
@@ -86,7 +101,7 @@ impl Gate {
             GateKind::Mamba2 => vec![
                 new(MAMBA[0], &[a.heads, a.hidden], Init::Constant(0.0), true),
                 new(MAMBA[1], &[a.heads], Init::Constant(0.0), true),
-                new(MAMBA[2], &[a.heads], Init::Steps { low: 1e-3, high: 0.1, stream: 0x20 }, true),
+                new(MAMBA[2], &[a.heads], bias(Init::Steps { low: 1e-3, high: 0.1, stream: 0x20 }), true),
             ],
             GateKind::LowRank => {
                 let channels = a.kv_heads * width;
@@ -94,10 +109,36 @@ impl Gate {
                 vec![
                     new(LOW_RANK[0], &[self.rank, a.hidden], narrow, true),
                     new(LOW_RANK[1], &[channels, self.rank], Init::Normal { std: 0.006, stream: 0x22 }, true),
-                    new(LOW_RANK[2], &[channels], Init::Constant(self.bias), true),
+                    new(LOW_RANK[2], &[channels], bias(Init::Constant(self.bias)), true),
                 ]
             }
         }
+    }
+
+    /// The start of the bias where it is that of `attended`, for the teacher's attention `weights` [B, H, T, T] (Taylor-Calibrate,
+    /// arXiv 2606.16429): a head that attends over d positions in the mean keeps e^-r, r = ln 2 / d, between 1e-3 and 5. A
+    /// bias that several heads share gets their mean r.
+    pub fn measure(&self, a: &Architecture, width: usize, weights: &Tensor) -> Result<Vec<(&'static str, Tensor)>> {
+        let (name, groups, channels) = match self.kind {
+            GateKind::ScalarToken => (SCALAR[1], 1, 1),
+            GateKind::ScalarHead => (SCALAR[1], a.heads, 1),
+            GateKind::Mamba2 => (MAMBA[2], a.heads, 1),
+            GateKind::LowRank => (LOW_RANK[2], a.kv_heads, width),
+            _ => return Ok(Vec::new()),
+        };
+        let time = weights.dim(2)?;
+        let places = Tensor::arange(0f32, time as f32, weights.device())?;
+        let seen = weights.to_dtype(DType::F32)?.broadcast_mul(&places)?.sum(3)?; // [B, H, T]
+        let distances = places.broadcast_sub(&seen)?.mean((0, 2))?.to_vec1::<f32>()?;
+        let rates = distances.iter().map(|d| (std::f64::consts::LN_2 / f64::from(*d)).clamp(1e-3, 5.0));
+        let rates: Vec<f64> = rates.collect();
+        let of = |r: f64| match self.kind {
+            GateKind::Mamba2 => r.exp_m1().ln(),
+            _ => -(r * self.normaliser).exp_m1().ln(), // ln σ(b) = -r τ
+        };
+        let bias = |shared: &[f64]| of(shared.iter().sum::<f64>() / shared.len() as f64) as f32;
+        let bias = rates.chunks(a.heads / groups).flat_map(|shared| std::iter::repeat_n(bias(shared), channels));
+        Ok(vec![(name, Tensor::from_iter(bias, &Device::Cpu)?)])
     }
 
     /// The gate with its tensors, which are among `params`, for keys of `width` channels in `layer`.
@@ -117,7 +158,7 @@ impl Gate {
             _ => Vec::new(),
         };
         let pool = (self.kind == GateKind::Pooled && width != a.head_dim).then_some(width);
-        Decays { gate: self.clone(), tensors: names.iter().filter_map(find).collect(), fixed, width, pool }
+        Decays { gate: self.clone(), tensors: names.iter().filter_map(find).collect(), fixed, width, pool, floor: None }
     }
 
     /// Multiply-adds times two per token.
@@ -137,11 +178,24 @@ pub struct Decays {
     width: usize,
     /// Channels per key head that keys are averaged to, where not their own.
     pool: Option<usize>,
+    /// Log decays below it count as that, without gradient.
+    floor: Option<f64>,
 }
 
 impl Decays {
+    /// The same with log decays that `exponents` can be formed of.
+    pub fn raised(self, exponents: Exponents) -> Decays {
+        let floor = (exponents == Exponents::Recentred).then(|| exponents.floor());
+        Decays { floor, ..self }
+    }
+
     /// Log decays: [B, T, H], [B, T, H, width] where they are per channel.
     pub fn log(&self, x: &Heads) -> Result<Tensor> {
+        let g = self.unbounded(x)?;
+        self.floor.map_or(Ok(g.clone()), |floor| g.maximum(floor))
+    }
+
+    fn unbounded(&self, x: &Heads) -> Result<Tensor> {
         let (b, t, _, _) = x.qkv.dims4()?;
         let h = x.heads;
         // ln σ / τ of as many groups of heads.
@@ -172,6 +226,12 @@ impl Decays {
             }
             _ => Tensor::zeros((b, t, h), crate::ops::wide(x.qkv.dtype()), x.qkv.device()),
         }
+    }
+
+    /// Log decays below it count as that.
+    #[cfg(feature = "cuda")]
+    pub fn lowest(&self) -> f64 {
+        self.floor.unwrap_or(crate::ops::gated_linear_attn::LOWEST)
     }
 
     /// Channels per key.

@@ -1,6 +1,7 @@
 //! Learned feature maps of queries and keys, one per query head for both (LoLCATs, Hedgehog, T2R, Lizard, LAWCAT, BASED).
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +12,11 @@ use crate::ops::feature_map;
 use crate::ops::softmax_attn::softmax;
 use crate::params::{Init, Param, named};
 
+use super::principal::directions;
+
+/// Names of the weights of maps.
+const WEIGHTS: [&str; 2] = ["feature_map_q.mlp.layer", "feature_map_k.mlp.layer"];
+
 /// Feature maps by the names of section 2 of the method papers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -19,6 +25,8 @@ pub enum FeatureMap {
     SoftmaxDim,
     /// exp(u - max u) and exp(min u - u) side by side, u = xW.
     ExpDim,
+    /// exp(u) and exp(-u) side by side, u = xW: no shift, so that tokens keep the sizes they have to each other.
+    Exp,
     /// relu(xW + b), the map of T2R.
     Relu,
     /// elu(x) + 1, without parameters.
@@ -63,6 +71,16 @@ impl FeatureMap {
     }
 }
 
+/// Where the weights of maps start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    Identity,
+    /// Kaiming uniform.
+    Random,
+    /// The leading principal directions of what the maps read.
+    Principal,
+}
+
 /// Everything that shapes a pair of maps.
 #[derive(Debug, Clone, Copy)]
 pub struct Form {
@@ -72,8 +90,7 @@ pub struct Form {
     pub bias: Bias,
     /// One map for queries and keys.
     pub tie_qk: bool,
-    /// Identity start; otherwise Kaiming uniform.
-    pub identity_init: bool,
+    pub start: Start,
     /// Features see x + xW with W started at 0.
     pub skip_connection: bool,
 }
@@ -81,13 +98,13 @@ pub struct Form {
 impl Form {
     /// Untied maps that start as identities.
     pub fn new(kind: FeatureMap, cols: usize) -> Form {
-        Form { kind, cols, bias: Bias::None, tie_qk: false, identity_init: true, skip_connection: false }
+        Form { kind, cols, bias: Bias::None, tie_qk: false, start: Start::Identity, skip_connection: false }
     }
 
     /// Features per head.
     pub fn width(&self) -> usize {
         match self.kind {
-            FeatureMap::SoftmaxDim | FeatureMap::ExpDim => 2 * self.cols,
+            FeatureMap::SoftmaxDim | FeatureMap::ExpDim | FeatureMap::Exp => 2 * self.cols,
             FeatureMap::Relu => self.cols,
             FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => self.cols,
             FeatureMap::Taylor => 1 + self.cols + self.cols * (self.cols + 1) / 2,
@@ -117,6 +134,13 @@ impl Form {
             let cols = self.cols;
             return Err(format!("`mixer.skip_connection` needs `feature_dim` = head_dim {}, not {cols}", a.head_dim));
         }
+        if self.start == Start::Principal && (self.skip_connection || !self.kind.learned()) {
+            return Err(
+                "`mixer.principal_init` starts weights that features are made with: it needs a `feature_map` that has \
+                        them, without `skip_connection`"
+                    .into(),
+            );
+        }
         if self.bias == Bias::Head && matches!(self.kind, FeatureMap::SoftmaxDim | FeatureMap::ExpDim) {
             return Err("`mixer.bias` = \"head\" shifts all columns alike, which this `feature_map` cancels; \
                         take \"full\" or \"none\""
@@ -128,20 +152,18 @@ impl Form {
     /// `feature_map_{q,k}.mlp.layer` [H, D, C] and their biases, as LoLCATs checkpoints name them.
     pub fn specs(&self, a: &Architecture) -> Vec<Spec> {
         let (h, d, cols) = (a.heads, a.head_dim, self.cols);
-        let init = match (self.identity_init, self.skip_connection) {
-            (true, false) => Init::Identity,
-            (true, true) => Init::Constant(0.0),
-            (false, _) => Init::Uniform { bound: (6.0 / (d * cols) as f64).sqrt(), stream: 0 },
+        let init = match (self.start, self.skip_connection) {
+            (Start::Identity, false) => Init::Identity,
+            (Start::Identity, true) => Init::Constant(0.0),
+            (Start::Random, _) => Init::Uniform { bound: (6.0 / (d * cols) as f64).sqrt(), stream: 0 },
+            (Start::Principal, _) => Init::Principal,
         };
-        let names = [
-            ("feature_map_q.mlp.layer", "feature_map_q.mlp.bias"),
-            ("feature_map_k.mlp.layer", "feature_map_k.mlp.bias"),
-        ];
+        let names = WEIGHTS.into_iter().zip(["feature_map_q.mlp.bias", "feature_map_k.mlp.bias"]);
         let mut specs = Vec::new();
         if !self.kind.learned() {
             return specs;
         }
-        for (weight, bias) in names.into_iter().take(if self.tie_qk { 1 } else { 2 }) {
+        for (weight, bias) in names.take(if self.tie_qk { 1 } else { 2 }) {
             specs.push(Spec { name: weight, shape: vec![h, d, cols], init, scalar: false });
             // As the official code initialises it: Kaiming uniform with a fan-in of H.
             let bias_init = Init::Uniform { bound: (6.0 / h as f64).sqrt(), stream: 1 };
@@ -154,6 +176,29 @@ impl Form {
             }
         }
         specs
+    }
+
+    /// The principal directions of each head's queries and keys in `qkv` [B, T, H + 2 Hkv, D], the leading ones as columns of
+    /// its weights [H, D, C]; scaled so that in them u·u' / sqrt(C) is the score q·k / sqrt(D).
+    pub fn principal(&self, a: &Architecture, qkv: &Tensor) -> Result<Vec<(&'static str, Tensor)>> {
+        let (d, cols) = (a.head_dim, self.cols);
+        let rows =
+            |head: usize| qkv.narrow(2, head, 1)?.to_dtype(DType::F64)?.to_device(&Device::Cpu)?.reshape(((), d));
+        let covariance = |head: usize| -> Result<Vec<f64>> {
+            let x = Tensor::cat(&[rows(head)?, rows(a.heads + head / (a.heads / a.kv_heads))?], 0)?; // [2 B T, D]
+            let centred = x.broadcast_sub(&x.mean_keepdim(0)?)?;
+            centred.t()?.matmul(&centred)?.flatten_all()?.to_vec1()
+        };
+        let moments = (0..a.heads).map(covariance).collect::<Result<Vec<_>>>()?;
+        let scale = (cols as f64 / d as f64).powf(0.25);
+        let weight = |moment: Vec<f64>| {
+            let found = directions(moment, d);
+            let cell = |at: usize| found.get(at % cols).map_or(0.0, |direction| (scale * direction[at / cols]) as f32);
+            (0..d * cols).map(cell).collect::<Vec<f32>>()
+        };
+        let cells: Vec<f32> = moments.into_par_iter().flat_map_iter(weight).collect();
+        let weight = Tensor::from_vec(cells, (a.heads, d, cols), &Device::Cpu)?;
+        Ok(WEIGHTS.into_iter().take(if self.tie_qk { 1 } else { 2 }).map(|name| (name, weight.clone())).collect())
     }
 
     /// The maps with their tensors, which are among `params`.
@@ -206,6 +251,7 @@ impl Maps {
         let kind = match self.form.kind {
             FeatureMap::SoftmaxDim => Map::SoftmaxDim,
             FeatureMap::ExpDim => Map::ExpDim,
+            FeatureMap::Exp => Map::Exp,
             FeatureMap::Relu => Map::Relu,
             FeatureMap::Elu => Map::Elu,
             FeatureMap::Softmax => Map::Softmax,
@@ -246,6 +292,7 @@ impl Maps {
             FeatureMap::SoftmaxDim => feature_map::Activation::SoftmaxDim,
             FeatureMap::ExpDim => feature_map::Activation::ExpDim,
             FeatureMap::Relu => feature_map::Activation::Relu,
+            FeatureMap::Exp => return exponentials(&projected(packed, sources, &weight, &bias)?),
             FeatureMap::Taylor => return taylor(&projected(packed, sources, &weight, &bias)?),
             FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => {
                 candle_core::bail!("a map without weights has none")
@@ -287,6 +334,12 @@ fn projected(packed: &Tensor, sources: &[usize], weight: &Tensor, bias: &Tensor)
     let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
     let x = packed.contiguous()?.index_select(&index, 2)?.transpose(1, 2)?.contiguous()?;
     x.broadcast_matmul(weight)?.transpose(1, 2)?.broadcast_add(bias)?.contiguous()
+}
+
+/// e^u and e^-u of `u` [B, T, H, C]: [B, T, H, 2 C].
+fn exponentials(u: &Tensor) -> Result<Tensor> {
+    let wide = wide_of(u)?;
+    Tensor::cat(&[&wide, &wide.neg()?], 3)?.exp()?.maximum(1e-12)?.to_dtype(u.dtype())
 }
 
 /// The second-order Taylor map of `u` [B, T, H, C] (arXiv 2402.18668), the upper triangle only:

@@ -5,4 +5,5 @@ pub mod conv;
 pub mod gate;
 pub mod maps;
 pub mod output;
+mod principal;
 pub mod shared;

@@ -15,6 +15,7 @@ use candle_core::{Result, Tensor};
 use crate::mixers::linear::cast;
 use crate::mixers::pass::{Pass, wide_of};
 use crate::mixers::{Heads, Spec};
+use crate::ops::gated_linear_attn::GatedLinearAttn;
 use crate::ops::hybrid_attn::MIN_DENOMINATOR;
 use crate::ops::mix::mix;
 use crate::ops::shares::{Row, shares};
@@ -38,6 +39,7 @@ const FACTORS: &str = "window_factors";
 pub struct Branch<'a> {
     pub queries: Tensor,
     pub gates: Tensor,
+    pub op: GatedLinearAttn,
     /// φk [B, T, H, F] of the keys that leave the window at these positions, given them rotated [B, T, Hkv, D]; without a
     /// window of all keys.
     pub keys: &'a dyn Fn(&Tensor, &mut Pass) -> Result<Tensor>,
@@ -84,7 +86,7 @@ impl Shared {
         let keys = x.rotated()?.narrow(2, x.heads, x.kv_heads)?;
         if self.size == 0 {
             let k = (branch.keys)(&keys, pass)?;
-            return pass.normalised("s", [&branch.queries, &k, v], &branch.gates, MIN_DENOMINATOR);
+            return pass.normalised("s", branch.op, [&branch.queries, &k, v], &branch.gates, MIN_DENOMINATOR);
         }
         let window = pass.window(x, self.size, v)?;
         let (k, v) = &window.left;
@@ -94,7 +96,7 @@ impl Shared {
             3 => mix(&[&k], &waited.unsqueeze(2)?.broadcast_mul(&window.has_left.to_dtype(waited.dtype())?)?)?,
             _ => k.broadcast_mul(&waited.to_dtype(k.dtype())?)?.broadcast_mul(&window.has_left)?,
         };
-        let (sum, count) = pass.counted("s", [&branch.queries, &k, v], &branch.gates)?;
+        let (sum, count) = pass.counted("s", branch.op, [&branch.queries, &k, v], &branch.gates)?;
         let count = wide_of(&count)?.squeeze(3)?;
         let factors = match &self.factors {
             Some(factors) => cast(factors, &count)?.flatten_all()?,

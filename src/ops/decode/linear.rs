@@ -12,6 +12,7 @@ use super::{Fixed, Token, ring, writable};
 use crate::families::Architecture;
 use crate::mixers::State;
 use crate::ops::cuda::{launch, pointer};
+use crate::ops::gated_linear_attn::LOWEST;
 
 /// Features of a query or a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +28,7 @@ pub enum Map {
     Unit = 7,
     /// What the gate lets go, (1 - b) σ(-x): a key of HGRN2.
     Released = 8,
+    Exp = 9,
 }
 
 /// Where log decays come from; see [`crate::mixers::parts::gate::GateKind`].
@@ -236,6 +238,8 @@ pub struct Linear {
     pub decay: Decay,
     /// Log decays of the sigmoid kinds are multiplied by this.
     pub tau: f64,
+    /// Log decays below it count as that.
+    pub lowest: f64,
     pub rule: Rule,
     pub scale: f64,
     /// f32 [B, H, width, D]
@@ -275,6 +279,7 @@ impl Linear {
             silu: [false; 2],
             decay: Decay::Keep,
             tau: 1.0,
+            lowest: LOWEST,
             rule: Rule::Gated,
             scale: 1.0,
             s: at.state(state, "s", &[at.batch, h, width, d])?,
@@ -396,6 +401,7 @@ impl Linear {
             silu_out: silu_out as c_int,
             scale: self.scale as f32,
             tau: self.tau as f32,
+            lowest: self.lowest as f32,
             eps: self.eps as f32,
         })
     }
@@ -499,5 +505,6 @@ struct Raw {
     silu_out: c_int,
     scale: f32,
     tau: f32,
+    lowest: f32,
     eps: f32,
 }

@@ -465,7 +465,7 @@ mod tests {
 
     /// Result, state and gradients against the plain form in f64 on the same bf16 inputs.
     fn check(what: &str, device: &Device, dims: [usize; 5], kind: &str, gate_kind: &str, place: (bool, Channels)) {
-        let op = GatedLinearAttn { scale: (dims[3] as f64).powf(-0.5), gated: place.1 };
+        let op = GatedLinearAttn { scale: (dims[3] as f64).powf(-0.5), gated: place.1, ..GatedLinearAttn::UNSCALED };
         let inputs = sized(kind, gate_kind, dims, place).map(|x| x.to_dtype(DType::BF16).unwrap());
         let weights = input("randn", &[dims[0], dims[1], dims[2], dims[4]], 9).to_dtype(DType::BF16).unwrap();
         let run = |device: &Device, dtype: DType| -> Result<Vec<Tensor>> {
@@ -529,7 +529,7 @@ mod tests {
             for (time, gate_kind) in
                 [(1, "usual"), (31, "soft"), (64, "soft"), (130, "strong"), (1000, "soft"), (200, "cut")]
             {
-                let op = GatedLinearAttn { scale: 1.0, gated: Channels::Keys };
+                let op = GatedLinearAttn::UNSCALED;
                 let [q, k, v, g, _] = sized("randn", gate_kind, [2, time, 3, dim, 64], (gates, Channels::Keys));
                 // As features are: of one sign, so that sums do not cancel.
                 let x = [q.abs().unwrap(), k.abs().unwrap(), v, g];
@@ -556,7 +556,7 @@ mod tests {
         let Ok(device) = cuda::open(0) else { return eprintln!("no GPU, nothing checked") };
         let bounds = [0, 37, 37, 101, 300];
         for place in PLACES {
-            let op = GatedLinearAttn { scale: 0.1, gated: place.1 };
+            let op = GatedLinearAttn { scale: 0.1, gated: place.1, ..GatedLinearAttn::UNSCALED };
             let [q, k, v, g, _] = sized("randn", "soft", [1, 300, 2, 64, 64], place)
                 .map(|x| x.to_dtype(DType::BF16).unwrap().to_device(&device).unwrap());
             let (y, last) = op.forward_packed(&q, &k, &v, &g, None, &bounds).unwrap();

@@ -25,6 +25,9 @@
 //! lower half, and with a the last row of the lower half `e^{G_i - G_j} = e^{G_i - G_a} e^{G_a - G_j}`. So each of six
 //! levels is a plain product of one scaled copy of the rows with itself. Gates below [`LOWEST`] count as that.
 //!
+//! With [`Exponents::Recentred`] (Lizard, arXiv 2507.09025) a chunk is one product, `A = scale (q e^c)(k e^-c)ᵀ` below the
+//! diagonal, c_i = G_i - G_1, in plain tensor operations. The step and the recurrence are the same.
+//!
 //! Gates per value channel need no code of their own: with `A` for `q_i`, `k_j` and their decay the sum
 //! `Σ A_ij (v_j·y_i)` gives the result above as its derivative by y, and by q the form with gated values, where y, v, k
 //! stand for queries, keys and values. So that result is a ∂q, and its gradients are a result and the other gradients.
@@ -34,6 +37,8 @@ mod cpu;
 mod gpu;
 
 use candle_core::{D, Result, Tensor, bail};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// Smallest gate: its exponential is 0 in f32, and sums of a chunk of such gates keep their precision.
 pub const LOWEST: f64 = -128.0;
@@ -51,9 +56,34 @@ pub struct GatedLinearAttn {
     pub scale: f64,
     /// Which side of the state decays, with gates per channel.
     pub gated: Channels,
+    pub exponents: Exponents,
+}
+
+/// How decays between the rows of a chunk are formed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Exponents {
+    /// Of differences, pair by pair, never positive.
+    #[default]
+    Pairwise,
+    /// Folded into queries and keys of at most 64 rows, from the first of them on, so that weights are one product. Log
+    /// decays below -1 count as -1, since a key's exponent grows with every row.
+    Recentred,
+}
+
+impl Exponents {
+    /// Smallest gate that the sums of a chunk stay within f32 with: mixers raise theirs to it.
+    pub fn floor(self) -> f64 {
+        match self {
+            Exponents::Pairwise => LOWEST,
+            Exponents::Recentred => -1.0,
+        }
+    }
 }
 
 impl GatedLinearAttn {
+    pub const UNSCALED: Self = GatedLinearAttn { scale: 1.0, gated: Channels::Keys, exponents: Exponents::Pairwise };
+
     /// Whole sequences: the result, and the state after the last position (outside the graph). All five tensors get
     /// gradients.
     pub fn forward(
@@ -71,7 +101,7 @@ impl GatedLinearAttn {
     /// a_ij = scale e^{G_i - G_j} q_i·k_j. The count is one more column of the values, where it has no kernel of its own.
     pub fn counted(&self, q: &Tensor, k: &Tensor, v: &Tensor, gates: &Tensor) -> Result<(Tensor, Tensor)> {
         #[cfg(feature = "cuda")]
-        if gpu::counts(self, q, v, gates) {
+        if self.exponents == Exponents::Pairwise && gpu::counts(self, q, v, gates) {
             let (y, count) = gpu::counted(self, q, k, v, gates)?;
             return Ok((y, count.unsqueeze(3)?));
         }
@@ -131,11 +161,15 @@ impl GatedLinearAttn {
         {
             bail!("gated attention needs states [{states}, {h}, {key_dim}, {value_dim}], got {:?}", s.dims())
         }
+        let pairwise = self.exponents == Exponents::Pairwise;
+        if !pairwise && self.gated == Channels::Values {
+            bail!("gates of value channels have pairwise exponents only")
+        }
         #[cfg(feature = "cuda")]
-        if gpu::ready(self, q, v, &gates) {
+        if pairwise && gpu::ready(self, q, v, &gates) {
             return gpu::forward(self, q, k, v, &gates, initial, bounds);
         }
-        if super::fast(q) {
+        if pairwise && super::fast(q) {
             return self.on_cpu(q, k, v, &gates, initial, bounds);
         }
         let Some(bounds) = bounds else { return self.chunked(q, k, v, &gates, initial) };
@@ -155,7 +189,7 @@ impl GatedLinearAttn {
     /// [B, H, V] and the next state.
     pub fn step(&self, q: &Tensor, k: &Tensor, v: &Tensor, gates: &Tensor, state: &Tensor) -> Result<(Tensor, Tensor)> {
         let wide = |x: &Tensor| x.to_dtype(state.dtype());
-        let decay = wide(gates)?.maximum(LOWEST)?.exp()?;
+        let decay = wide(gates)?.maximum(self.exponents.floor())?.exp()?;
         let decay = match gates.rank() {
             3 if self.gated == Channels::Values => decay.unsqueeze(2)?,
             3 => decay.unsqueeze(3)?,
@@ -189,7 +223,7 @@ impl GatedLinearAttn {
         Ok((Tensor::stack(&rows, 1)?, state))
     }
 
-    /// The chunkwise form in plain tensor operations, exponents pair by pair, in f32 or wider.
+    /// The chunkwise form in plain tensor operations, in f32 or wider.
     pub fn chunked(
         &self,
         q: &Tensor,
@@ -203,10 +237,11 @@ impl GatedLinearAttn {
         let mut state = self.first_state(q, v, initial)?;
         let by_head = |x: &Tensor| x.to_dtype(dtype)?.transpose(1, 2)?.contiguous();
         let (q, k, values) = ((by_head(q)? * self.scale)?, by_head(k)?, by_head(v)?);
-        let gates = by_head(gates)?.maximum(LOWEST)?;
+        let gates = by_head(gates)?.maximum(self.exponents.floor())?;
         let gates = if per_channel { gates } else { gates.unsqueeze(3)? };
-        // With gates per channel a chunk holds [B, H, rows, rows, K] exponentials.
-        let chunk = if per_channel { 16 } else { 64 };
+        // Pair by pair a chunk with gates per channel holds [B, H, rows, rows, K] exponentials.
+        let recentred = self.exponents == Exponents::Recentred;
+        let chunk = if per_channel && !recentred { 16 } else { 64 };
         let mut rows = Vec::new();
         for start in (0..time).step_by(chunk) {
             let n = chunk.min(time - start);
@@ -217,23 +252,28 @@ impl GatedLinearAttn {
             let outside = ((&causal - 1.0)? * 1e30)?;
             let last = sums.narrow(2, n - 1, 1)?;
             let (decay, rest) = (sums.exp()?, last.broadcast_sub(&sums)?.exp()?);
-            let gaps = if per_channel {
-                let gaps = sums.unsqueeze(3)?.broadcast_sub(&sums.unsqueeze(2)?)?; // [B, H, n, n, channels]
-                gaps.broadcast_add(&outside.unsqueeze(2)?)?.exp()?
-            } else {
-                sums.broadcast_sub(&sums.transpose(2, 3)?)?.broadcast_add(&outside)?.exp()? // [B, H, n, n]
+            let gaps = || match per_channel {
+                true => {
+                    let gaps = sums.unsqueeze(3)?.broadcast_sub(&sums.unsqueeze(2)?)?; // [B, H, n, n, channels]
+                    gaps.broadcast_add(&outside.unsqueeze(2)?)?.exp()
+                }
+                false => sums.broadcast_sub(&sums.transpose(2, 3)?)?.broadcast_add(&outside)?.exp(), // [B, H, n, n]
             };
             if per_channel && self.gated == Channels::Values {
                 let weights = q.matmul(&k.t()?)?.unsqueeze(4)?;
-                let inside = gaps.broadcast_mul(&weights)?.broadcast_mul(&v.unsqueeze(2)?)?.sum(3)?;
+                let inside = gaps()?.broadcast_mul(&weights)?.broadcast_mul(&v.unsqueeze(2)?)?.sum(3)?;
                 rows.push((inside + (q.matmul(&state)? * decay)?)?);
                 state = (state.broadcast_mul(&last.exp()?)? + k.t()?.matmul(&(v * rest)?)?)?;
                 continue;
             }
-            let weights = if per_channel {
-                gaps.broadcast_mul(&q.unsqueeze(3)?)?.broadcast_mul(&k.unsqueeze(2)?)?.sum(D::Minus1)?
+            let weights = if recentred {
+                let from_first = sums.broadcast_sub(&sums.narrow(2, 0, 1)?)?;
+                let (q, k) = (q.broadcast_mul(&from_first.exp()?)?, k.broadcast_mul(&from_first.neg()?.exp()?)?);
+                q.matmul(&k.t()?)?.broadcast_mul(&causal)?
+            } else if per_channel {
+                gaps()?.broadcast_mul(&q.unsqueeze(3)?)?.broadcast_mul(&k.unsqueeze(2)?)?.sum(D::Minus1)?
             } else {
-                (q.matmul(&k.t()?)? * gaps)?
+                (q.matmul(&k.t()?)? * gaps()?)?
             };
             rows.push((weights.matmul(&v)? + q.broadcast_mul(&decay)?.matmul(&state)?)?);
             let keys = k.broadcast_mul(&rest)?.t()?;
@@ -302,7 +342,7 @@ mod tests {
         ]
     }
 
-    const OP: GatedLinearAttn = GatedLinearAttn { scale: 0.4, gated: Channels::Keys };
+    const OP: GatedLinearAttn = GatedLinearAttn { scale: 0.4, ..GatedLinearAttn::UNSCALED };
 
     /// The places of gates: per head, per key channel, per value channel.
     pub(super) const PLACES: [(bool, Channels); 3] =
@@ -336,6 +376,34 @@ mod tests {
                     near(&what, &y, &wanted, 3e-6);
                     near(&what, &end, &last, 3e-6);
                 }
+            }
+        }
+    }
+
+    /// The reparametrised form against the recurrence: gates down to -1, chunks whose exponents add up to 63.
+    #[test]
+    fn recentred_chunks_equal_recurrence() {
+        let op = GatedLinearAttn { exponents: Exponents::Recentred, ..OP };
+        for place in &PLACES[..2] {
+            for kind in KINDS {
+                for time in [1, 63, 64, 65, 130] {
+                    let what = format!("{kind}, {time}, {place:?}");
+                    let [q, k, v, g, s] = inputs("randn", kind, time, *place);
+                    let (wanted, last) = op.recurrent(&q, &k, &v, &g, Some(&s)).unwrap();
+                    let raised = g.maximum(-1.0).unwrap();
+                    near(&what, &OP.recurrent(&q, &k, &v, &raised, Some(&s)).unwrap().0, &wanted, 1e-12);
+                    let f32s = [&q, &k, &v, &g, &s].map(|x| x.to_dtype(DType::F32).unwrap());
+                    let [q, k, v, g, s] = &f32s;
+                    let (y, end) = op.forward(q, k, v, g, Some(s)).unwrap();
+                    near(&what, &y, &wanted, 1e-5);
+                    near(&what, &end, &last, 1e-5);
+                }
+                let x = inputs("randn", kind, 130, *place);
+                check(&format!("{kind}, {place:?}"), &x, 5e-5, |x| {
+                    let op = if x[0].dtype() == DType::F64 { OP } else { op };
+                    let gates = x[3].maximum(-1.0)?;
+                    Ok(op.forward(&x[0], &x[1], &x[2], &gates, Some(&x[4]))?.0)
+                });
             }
         }
     }
