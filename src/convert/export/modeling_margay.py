@@ -744,8 +744,17 @@ class MargayForCausalLM(PreTrainedModel, GenerationMixin):
         config = MargayConfig.from_pretrained(folder)
         model = cls.of(config).from_pretrained(base or config.linearization["teacher"], config=config, **kwargs)
         own, tensors = model.state_dict(), load_file(f"{folder}/mixers.safetensors")
-        # Checkpoints may leave out what the class puts before its names.
-        tensors = {n if n in own else f"{model.base_model_prefix}.{n}": x for n, x in tensors.items()}
+        rules = get_checkpoint_conversion_mapping(MargayConfig.model_type) or []
+
+        def spelled(name):
+            """A checkpoint's name as the class has it: some words differ, and what the class puts first may be left out."""
+            if name in own:
+                return name
+            for rule in rules:
+                name = rule.rename_source_key(name)[0]
+            return name if name in own else f"{model.base_model_prefix}.{name}"
+
+        tensors = {spelled(name): x for name, x in tensors.items()}
         unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"`{folder}` has tensors that the model lacks: {unknown}")
