@@ -496,3 +496,22 @@ fn the_defaults_are_shown_with_comments() {
     eps = 1e-8
     "##);
 }
+
+#[test]
+fn a_part_given_in_part_keeps_the_rest_of_its_mixers_own() {
+    for name in ["llama/lizard", "llama/lawcat", "llama/gsa", "llama/gla"] {
+        let (before, after) = (load(name, &[]).recipe, load(name, &["mixer.gate.normaliser=3"]).recipe);
+        let json = |recipe: &Recipe| serde_json::to_value(&recipe.mixer).unwrap();
+        let (mut wanted, found) = (json(&before), json(&after));
+        wanted["gate"]["normaliser"] = 3.0.into();
+        assert_eq!(found, wanted, "{name}");
+    }
+    let other = load("llama/gsa", &["mixer.gate.kind=pooled"]).recipe;
+    assert_eq!(serde_json::to_value(&other.mixer).unwrap()["gate"]["kind"], "pooled");
+}
+
+#[test]
+fn a_key_of_another_kind_names_the_kinds_that_have_it() {
+    let error = try_load("llama/lolcats", &["mixer.exponents=recentred"]).unwrap_err().to_string();
+    assert!(error.contains("it is a key of `kind` `lizard`, `lizard-paper`, this one is `lolcats`"), "{error}");
+}

@@ -160,7 +160,16 @@ impl Check<'_> {
                 continue;
             }
             let elsewhere = self.homes(&entry.key, top);
+            let own = format!("`{path}`");
             let advice = match closest(&entry.key, known.keys().map(String::as_str)) {
+                // A key of the same table of another kind.
+                _ if elsewhere.contains(&own) => {
+                    let kind = match node.get("kind").map(|kind| &kind.value) {
+                        Some(Value::Scalar(Json::String(kind))) => format!(", this one is `{kind}`"),
+                        _ => String::new(),
+                    };
+                    format!("it is a key of `kind` {}{kind}", self.kinds(&entry.key).join(", "))
+                }
                 Some(near) => format!("did you mean `{}`?", join(near)),
                 None if !elsewhere.is_empty() => format!("did you mean {}?", elsewhere.join(" or ")),
                 None => format!("known keys: {}", known.keys().map(String::as_str).collect::<Vec<_>>().join(", ")),
@@ -176,6 +185,14 @@ impl Check<'_> {
             self.problem(&node.place, format!("`{path}` lacks `{}`", missing.join("`, `")));
         }
         None
+    }
+
+    /// The kinds of tables that have a key of this name.
+    fn kinds(&self, key: &str) -> Vec<String> {
+        let sections = self.schema["properties"].as_object().into_iter().flatten();
+        let tables = sections.flat_map(|(_, property)| options(resolve(self.schema, property)));
+        let with_key = tables.map(|table| &resolve(self.schema, table)["properties"]).filter(|p| p.get(key).is_some());
+        with_key.filter_map(|p| p["kind"]["const"].as_str()).map(|kind| format!("`{kind}`")).collect()
     }
 
     /// Where else in a recipe a key of this name lives; at the `top` also as a named table, such as a stage.

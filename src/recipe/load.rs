@@ -67,6 +67,8 @@ pub(super) struct Entry {
     pub node: Node,
 }
 
+/// The table whose `kind` says which other keys there are, each with defaults of its own.
+const MIXER: &str = "mixer";
 /// The key whose tables exclude each other: each holds one rule.
 const LAYERS: &str = "layers";
 
@@ -90,6 +92,7 @@ impl Recipe {
             }
         }
         merged.merge(overlay);
+        merged.complete_mixer();
         match check::typed(&merged, problems) {
             Ok(recipe) => Ok(Loaded { text: recipe.to_toml(), recipe, origin: name_or_file.into() }),
             Err(problems) => Err(refused(name_or_file, problems)),
@@ -247,6 +250,18 @@ impl Node {
             Value::Table(entries) => entries.iter().find(|e| e.key == key).map(|e| &e.node),
             _ => None,
         }
+    }
+
+    /// Lays the mixer over the defaults of its kind, so that a part that is given in part keeps the rest of its mixer's own.
+    fn complete_mixer(&mut self) {
+        let Value::Table(entries) = &mut self.value else { return };
+        let Some(entry) = entries.iter_mut().find(|e| e.key == MIXER) else { return };
+        let Some(Value::Scalar(kind)) = entry.node.get("kind").map(|n| &n.value) else { return };
+        // An unknown kind is told of where types are checked.
+        let Ok(mixer) = serde_json::from_value(serde_json::json!({ "kind": kind })) else { return };
+        let defaults = show::without_nulls(&Recipe { mixer, ..Recipe::default() });
+        let given = std::mem::replace(&mut entry.node, Node::from_json(&defaults[MIXER], &Place::Default));
+        entry.node.merge(given);
     }
 
     fn shares_key(&self, other: &Node) -> bool {

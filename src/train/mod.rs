@@ -335,6 +335,12 @@ pub fn run(
     position.outcome.spent = clock.spent;
     position.outcome.peak_bytes = position.outcome.peak_bytes.max(peak(params_device(&params)));
     progress.end(&summary(&position.outcome));
+    if position.outcome.tokens > 0 && mean(&position.outcome.best) >= mean(&position.outcome.first) {
+        progress.warn(&format!(
+            "nothing that `{stage}` reached was better than its start, whose weights stay: try a lower \
+             `stage.{stage}.lr`, or more tokens"
+        ));
+    }
     if let Some(peak) = position.outcome.peak_bytes {
         progress.say(&format!("memory of `{stage}`: {} at most, planned {}", bytes(peak), bytes(settings.memory)));
     }
