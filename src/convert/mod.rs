@@ -236,8 +236,10 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
     let merged = merge::merge(&mut decoder, &mut student, &model, &valid)?;
     if merged.weights > 0 {
         progress.say(&format!(
-            "merged {} weights; largest change of a logit {:.1e} (largest logit {:.1})",
-            merged.weights, merged.max_logit_difference, merged.max_logit
+            "merged into {} tensors; largest change of a logit {:.1e} (largest logit {:.1})",
+            merged_names.len(),
+            merged.max_logit_difference,
+            merged.max_logit
         ));
     }
     if options.until == Some(Until::Merge) {

@@ -313,7 +313,8 @@ pub(super) fn trained(model: &Model) -> Result<bool> {
 fn usage(base: &str) -> String {
     format!(
         "---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- margay\n- linear-attention\n---\n\n\
-         What a conversion by Margay changed of `{base}`: the tensors of its mixers, and LoRA where that was trained.\n\n\
+         What a conversion by Margay changed of `{base}`: the tensors of its mixers, and where they were\n\
+         trained LoRA, norms, embeddings and head.\n\n\
          ```python\n\
          from peft import PeftModel\n\
          from transformers.dynamic_module_utils import get_class_from_dynamic_module\n\n\
