@@ -13,7 +13,7 @@ use crate::params::Adapters;
 /// What merging changed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Merged {
-    /// Weights that changed.
+    /// Tensors that changed.
     pub weights: usize,
     /// Largest absolute difference of a logit between the adapted and the merged model, and the largest logit.
     pub max_logit_difference: f64,
@@ -22,20 +22,21 @@ pub struct Merged {
     pub tokens: usize,
 }
 
-/// Merges the adapters of `student` into `decoder` and removes them. Merged weights are rounded to the precision that
-/// `model` has them in, so that what is in memory is what will be on disk.
-pub fn merge(decoder: &mut Decoder, student: &mut Net, model: &Model, sample: &Split) -> Result<Merged> {
+/// Merges the adapters of `student` into `decoder` and removes them; also the names of the tensors that changed. Merged
+/// weights are rounded to the precision that `model` has them in, so that what is in memory is what will be on disk.
+pub fn merge(decoder: &mut Decoder, student: &mut Net, model: &Model, sample: &Split) -> Result<(Merged, Vec<String>)> {
     let batch = sample.batch(&[0], &decoder.device)?;
     let tokens = batch.inputs.dim(1)?.min(256);
     let ids = batch.inputs.narrow(1, 0, tokens)?.contiguous()?;
     let before = decoder.logits(&decoder.hidden(&ids, student)?, student)?;
     let Some(adapters) = student.adapters.take() else {
-        return Ok(Merged { weights: 0, max_logit_difference: 0.0, max_logit: largest(&before)?, tokens });
+        let unchanged = Merged { weights: 0, max_logit_difference: 0.0, max_logit: largest(&before)?, tokens };
+        return Ok((unchanged, Vec::new()));
     };
-    let weights = fold(decoder, &adapters, model)?.len();
+    let names = fold(decoder, &adapters, model)?;
     let after = decoder.logits(&decoder.hidden(&ids, student)?, student)?;
     let max_logit_difference = largest(&(&after - &before)?)?;
-    Ok(Merged { weights, max_logit_difference, max_logit: largest(&before)?, tokens })
+    Ok((Merged { weights: names.len(), max_logit_difference, max_logit: largest(&before)?, tokens }, names))
 }
 
 /// Folds `adapters` into the weights of `decoder`, rounded to what they are stored in, and names those that changed.
@@ -60,6 +61,7 @@ pub fn fold(decoder: &mut Decoder, adapters: &Adapters, model: &Model) -> Result
             decoder.set(role, &rounded(role, new.detach())?)?;
         }
     }
+    names.dedup(); // of projections that share a tensor
     Ok(names)
 }
 

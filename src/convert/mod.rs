@@ -30,7 +30,6 @@ use crate::data::Split;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::evaluate::{Quality, Subject, quality};
-use crate::families::Role;
 use crate::model::{Decoder, Net};
 use crate::progress::Progress;
 use crate::recipe::{self, Layers, Loaded, Recipe};
@@ -226,20 +225,13 @@ pub fn convert(options: &Options, progress: &dyn Progress) -> Result<Converted> 
             return stopped(plan, started.elapsed().as_secs_f64());
         }
     }
-    let adapters = student.adapters.iter();
-    let changed = adapters.flat_map(|a| a.targets().map(|(l, p)| Role::Weight(l, p)).chain(a.roles()));
-    let mut merged_names: Vec<String> = changed.map(|role| model.description.name(role)).collect();
-    merged_names.dedup(); // of projections that share a tensor
-
     let adapter = student.adapters.as_ref().map(|a| Adapter::of(a, &decoder, &model.description)).transpose()?;
     // The teacher shares the weights that merging changes: from here on it is read again where it is needed.
-    let merged = merge::merge(&mut decoder, &mut student, &model, &valid)?;
+    let (merged, merged_names) = merge::merge(&mut decoder, &mut student, &model, &valid)?;
     if merged.weights > 0 {
         progress.say(&format!(
             "merged into {} tensors; largest change of a logit {:.1e} (largest logit {:.1})",
-            merged_names.len(),
-            merged.max_logit_difference,
-            merged.max_logit
+            merged.weights, merged.max_logit_difference, merged.max_logit
         ));
     }
     if options.until == Some(Until::Merge) {

@@ -156,13 +156,16 @@ impl<'a> Graph<'a> {
                 ..base
             })
         };
-        let run = |stack: &crate::params::Stack, p: Product, mode: Mode| -> Result<()> {
-            let (weight, bias) = stack.whole();
+        let multiply = |weight: &Tensor, bias: Option<&Tensor>, p: Product, mode: Mode| -> Result<()> {
             let (n, inner) = weight.dims2()?;
             let bias = bias.map(pointer).transpose()?.unwrap_or(std::ptr::null());
             let p = Product { w: pointer(weight)?, bias, rows: rows(n), inner: rows(inner), ..p };
-            // SAFETY: buffers of this step by their documented shapes, weights of the decoder it borrows.
+            // SAFETY: buffers of this step by their documented shapes, weights of the decoder and layers it borrows.
             unsafe { decode::product(device, &p, mode, overlap) }
+        };
+        let run = |stack: &crate::params::Stack, p: Product, mode: Mode| -> Result<()> {
+            let (weight, bias) = stack.whole();
+            multiply(weight, bias, p, mode)
         };
 
         let embed = Embed {
@@ -200,11 +203,7 @@ impl<'a> Graph<'a> {
         for (l, (block, layer)) in self.decoder.blocks.iter().zip(&self.layers).enumerate() {
             run(&block.qkv, Product { out: writable(&b.qkv)?, ..scaled(before)? }, Mode::Plain)?;
             if let Some(weight) = layer.reads() {
-                let (n, inner) = weight.dims2()?;
-                let out = writable(&b.read)?;
-                let p = Product { w: pointer(weight)?, out, rows: rows(n), inner: rows(inner), ..scaled(before)? };
-                // SAFETY: as in `run`.
-                unsafe { decode::product(device, &p, Mode::Plain, overlap)? };
+                multiply(weight, None, Product { out: writable(&b.read)?, ..scaled(before)? }, Mode::Plain)?;
             }
             layer.step(&token)?;
             run(&block.o, add(&b.y, 2 * l + 1)?, Mode::Add)?;
