@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
     };
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+    float gain = 0.0f;  // the next norm's weight of this thread's column, one in all its turns below
+    if constexpr (MODE == ADD) gain = to_float(p.next[min(first + (int)threadIdx.x % TALL, p.rows - 1)]);
     wait_for_previous();
 
     const uint4 none = make_uint4(0, 0, 0, 0);
@@ -114,17 +116,30 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
     };
     read(x[0], 0);
 
-    // Scales of the rows of x: every warp takes some.
-    if (p.squares != nullptr) {
-        for (int b = warp; b < p.batch; b += WARPS) {
-            float sum = 0.0f;
-            for (int i = lane; i < p.parts; i += WARP) sum += __ldcg(p.squares + (size_t)b * p.parts + i);
-            sum = warp_sum(sum);
-            if (lane == 0) scales[b] = rsqrtf(sum / p.inner + p.eps);
+    // What the end adds to: asked for here, so that nothing waits for it there.
+    constexpr int OUTPUTS = TALL * 8 * MT, EACH = (OUTPUTS + PRODUCT - 1) / PRODUCT;
+    static_assert(PRODUCT % TALL == 0, "a thread keeps its column");
+    float old[EACH] = {};
+    if constexpr (MODE == ADD) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = threadIdx.x + e * PRODUCT, b = i / TALL, n = first + i % TALL;
+            if (b < p.batch && n < p.rows) old[e] = __ldcg(p.stream + (size_t)b * p.rows + n);
         }
-    } else if (threadIdx.x < 8 * MT) {
-        scales[threadIdx.x] = 1.0f;
     }
+    // Scales of the rows of x: every warp takes some.
+    auto scale_rows = [&] {
+        if (p.squares != nullptr) {
+            for (int b = warp; b < p.batch; b += WARPS) {
+                float sum = 0.0f;
+                for (int i = lane; i < p.parts; i += WARP) sum += __ldcg(p.squares + (size_t)b * p.parts + i);
+                sum = warp_sum(sum);
+                if (lane == 0) scales[b] = rsqrtf(sum / p.inner + p.eps);
+            }
+        } else if (threadIdx.x < 8 * MT) {
+            scales[threadIdx.x] = 1.0f;
+        }
+    };
 
     float c[RT][MT][4] = {};
     auto multiply = [&](uint4 (&b)[U][MT], uint4 (&next)[U][MT], int stage) {
@@ -149,6 +164,7 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
     for (int stage = 0; stage < stages; stage += 2) {
         multiply(x[0], x[1], stage);
         if (stage + 1 < stages) multiply(x[1], x[0], stage + 1);
+        if (stage == 0) scale_rows();  // not before: the queue would stand full while the sums are awaited
     }
     copy_wait<0>();
     __syncthreads();
@@ -186,8 +202,10 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
         auto part = [&](int b, int i) {
             return ((size_t)b * gridDim.x + blockIdx.x) * SHARES + i % TALL / SHARE;
         };
-        for (int i = threadIdx.x; i < TALL * 8 * MT; i += PRODUCT) {
-            const int b = i / TALL, n = first + i % TALL;
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = threadIdx.x + e * PRODUCT, b = i / TALL, n = first + i % TALL;
+            if (i >= OUTPUTS) break;
             const bool live = b < p.batch && n < p.rows;
             float y = live ? total(b, i % TALL) + bias(n) : 0.0f;
             const size_t at = (size_t)b * p.rows + n;
@@ -195,9 +213,9 @@ __global__ void __launch_bounds__(PRODUCT, 2) product(const Product p) {
                 if (live) p.out[at] = y;
             } else if constexpr (MODE == ADD) {
                 if (live) {
-                    y += __ldcg(p.stream + at);
+                    y += old[e];
                     p.stream[at] = y;
-                    p.scaled[at] = __float2bfloat16_rn(y * to_float(p.next[n]));
+                    p.scaled[at] = __float2bfloat16_rn(y * gain);
                 }
                 const float square = warp_sum<SHARE>(y * y);
                 if (b < p.batch && i % SHARE == 0) p.squares_out[part(b, i)] = square;

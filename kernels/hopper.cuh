@@ -105,11 +105,19 @@ __device__ __forceinline__ void bulk_store_done() { asm volatile("cp.async.bulk.
 __device__ __forceinline__ void count_set(int* count, int value) {
     asm volatile("fence.proxy.async;\nst.release.gpu.global.s32 [%0], %1;\n" ::"l"(count), "r"(value) : "memory");
 }
-__device__ __forceinline__ void count_wait(const int* count, int least) {
+__device__ __forceinline__ int count_seen(const int* count) {
     int seen;
-    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(count) : "memory");
-    while (seen < least);
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(count) : "memory");
+    return seen;
+}
+__device__ __forceinline__ bool count_reached(const int* count, int least) {
+    if (count_seen(count) < least) return false;
     asm volatile("fence.proxy.async;\n" ::: "memory");
+    return true;
+}
+__device__ __forceinline__ void count_wait(const int* count, int least) {
+    while (!count_reached(count, least)) {
+    }
 }
 
 // Four 8 x 8 bf16 tiles of registers; lane l gives the address of row l % 8 of tile l / 8.

@@ -847,45 +847,54 @@ __global__ void __launch_bounds__(384, 1)
                 if (turn.done) break;
                 const int total = heads * (turn.last - turn.first + 1);
                 const auto half_at = [&](const Walk& at) { return p.stat(turn.batch, turn.head * heads + at.head, at.tile * N) / N * 2 + w; };
-                // Hands out the place of result `i`, with the sum in it that the result completes.
-                const auto prepare = [&](int i, const Walk& at) {
-                    const int place = (done + i) % 2, before = turn.before(p, at.tile);
-                    if (i < total && turn.ends(at.tile) && before > 0) {
-                        const int64_t sum = half_at(at);
-                        count_wait(partials.counts + sum, before);
-                        barrier_expect(&sh.room[place][w], HALF * 4);
-                        bulk_load(&sh.room[place][w], sh.out[place][w], partials.sums + sum * HALF, HALF * 4);
-                    } else {
-                        barrier_arrive(&sh.room[place][w]);
-                    }
+                // Result `i` completes a sum that blocks before this one began.
+                const auto completes = [&](int i, const Walk& at) { return i < total && turn.ends(at.tile) && turn.before(p, at.tile) > 0; };
+                // Hands out the place of result `i`, empty or with the sum in it.
+                const auto offer_empty = [&](int i) { barrier_arrive(&sh.room[(done + i) % 2][w]); };
+                const auto offer_sum = [&](int i, int64_t sum) {
+                    const int place = (done + i) % 2;
+                    barrier_expect(&sh.room[place][w], HALF * 4);
+                    bulk_load(&sh.room[place][w], sh.out[place][w], partials.sums + sum * HALF, HALF * 4);
                 };
                 Walk at = {turn.last, 0}, next = at;
-                prepare(0, next);
+                if (completes(0, at)) {
+                    count_wait(partials.counts + half_at(at), turn.before(p, at.tile));
+                    offer_sum(0, half_at(at));
+                } else {
+                    offer_empty(0);
+                }
                 for (int i = 0; i < total + 2; i++, at.step(heads)) {
                     next.step(heads);
-                    if (i + 1 < total + 2) prepare(i + 1, next);
-                    const int place = (done + i) % 2;
+                    // The next place before this result comes. Where a sum is not there yet, this result goes first: others wait for it.
+                    const bool sum_next = completes(i + 1, next);
+                    const int64_t next_half = half_at(next);
+                    bool late = sum_next && !count_reached(partials.counts + next_half, turn.before(p, next.tile));
+                    if (sum_next && !late) offer_sum(i + 1, next_half);
+                    if (!sum_next && i + 1 < total + 2) offer_empty(i + 1);
+
+                    const bool sums = i < total && !turn.ends(at.tile);
+                    const int64_t half = half_at(at);
+                    const int before = turn.before(p, at.tile), place = (done + i) % 2;
+                    if (sums && before > 0) count_wait(partials.counts + half, before);
                     void* out = sh.out[place][w];
                     barrier_wait(&sh.filled[place][w], (done + i) / 2 % 2);
-                    if (i >= total) {
+                    if (sums) {
+                        if (before == 0) bulk_store(partials.sums + half * HALF, out, HALF * 4);
+                        else bulk_add(partials.sums + half * HALF, out, HALF * 4);
+                        bulk_store_done();
+                        count_set(partials.counts + half, before + 1);
+                    } else if (i < total) {
+                        tile_store(&dqkv, out, D == 128 ? w * 64 : 0, turn.head * heads + at.head, at.tile * N + (D == 128 ? 0 : w * 64), turn.batch);
+                        tile_store_wait();
+                    } else {
                         const int head = p.heads + turn.head + (i - total) * p.kv_heads;
                         for (int c = 0; c < PANELS; c++)
                             tile_store(&dqkv, static_cast<bf16*>(out) + c * 64 * 64, c * 64, head, turn.row0 + w * 64, turn.batch);
                         tile_store_wait();
-                    } else if (turn.ends(at.tile)) {
-                        tile_store(&dqkv, out, D == 128 ? w * 64 : 0, turn.head * heads + at.head, at.tile * N + (D == 128 ? 0 : w * 64), turn.batch);
-                        tile_store_wait();
-                    } else {
-                        const int64_t sum = half_at(at);
-                        const int before = turn.before(p, at.tile);
-                        if (before == 0) {
-                            bulk_store(partials.sums + sum * HALF, out, HALF * 4);
-                        } else {
-                            count_wait(partials.counts + sum, before);
-                            bulk_add(partials.sums + sum * HALF, out, HALF * 4);
-                        }
-                        bulk_store_done();
-                        count_set(partials.counts + sum, before + 1);
+                    }
+                    if (late) {
+                        count_wait(partials.counts + next_half, turn.before(p, next.tile));
+                        offer_sum(i + 1, next_half);
                     }
                 }
                 done += total + 2;

@@ -564,8 +564,9 @@ mod tests {
                 let large = kind == "large";
                 let plain = |x: &[Tensor]| joined(op.parallel_with_mass(&x[0]), large);
                 let ours = |x: &[Tensor]| joined(op.forward_with_mass(&x[0]), large);
-                // dq and dk are rounded once more where the largest score's share is added.
-                super::super::check::check_gpu_within(if large { 6e-3 } else { 3e-3 }, &what, &x, false, ours, plain);
+                // The plain form computes in f32. The kernel takes Σ dy y from y in bf16, which is most of a gradient where
+                // few keys hold a row, and rounds dq and dk once more where the largest score's share is added.
+                super::super::check::check_gpu_within(if large { 2e-2 } else { 3e-3 }, &what, &x, false, ours, plain);
             }
         }
     }

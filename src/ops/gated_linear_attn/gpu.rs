@@ -101,16 +101,16 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Widest head the kernels hold.
+/// Widest head the kernels hold; wider ones run in pieces.
 const WIDEST: usize = 128;
 
 pub fn ready(op: &GatedLinearAttn, q: &Tensor, v: &Tensor, gates: &Tensor) -> bool {
     let (Ok(key_dim), Ok(value_dim)) = (q.dim(D::Minus1), v.dim(D::Minus1)) else { return false };
-    let (rows, columns) = op.sides(key_dim, value_dim, gates);
-    let fits = key_dim <= WIDEST && value_dim <= WIDEST && q.dtype() == DType::BF16 && v.dtype() == DType::BF16;
+    let (rows, columns) = op.sides(key_dim.min(WIDEST), value_dim.min(WIDEST), gates);
+    let narrow = q.dtype() == DType::BF16 && v.dtype() == DType::BF16;
     // SAFETY: reads attributes of the device.
     let shared = || unsafe { margay_gated_linear_attn_fits(rows as c_int, columns as c_int, op.gates_on(gates)) };
-    fits && cuda::ready(q) && shared() != 0
+    narrow && cuda::ready(q) && shared() != 0
 }
 
 impl GatedLinearAttn {
@@ -129,7 +129,8 @@ impl GatedLinearAttn {
     }
 }
 
-/// Heads of other widths are filled up with zeros, which change nothing: keys of 0 write nothing and read nothing.
+/// Of heads wider than the kernels hold, results of pieces of the keys add up and those of pieces of the values stand side by
+/// side. Heads of other widths are filled up with zeros, which change nothing: keys of 0 write nothing and read nothing.
 pub fn forward(
     op: &GatedLinearAttn,
     q: &Tensor,
@@ -140,6 +141,31 @@ pub fn forward(
     bounds: Option<&[usize]>,
 ) -> Result<(Tensor, Tensor)> {
     let (key_dim, value_dim) = (q.dim(3)?, v.dim(3)?);
+    if key_dim > WIDEST || value_dim > WIDEST {
+        let side = if value_dim > WIDEST { Channels::Values } else { Channels::Keys };
+        let width = if side == Channels::Values { value_dim } else { key_dim };
+        let (mut results, mut states) = (Vec::new(), Vec::new());
+        for from in (0..width).step_by(WIDEST) {
+            let cut = |x: &Tensor, dim: usize, cuts: bool| match cuts {
+                true => x.narrow(dim, from, WIDEST.min(width - from)),
+                false => Ok(x.clone()),
+            };
+            let keys = |x: &Tensor| cut(x, 3, side == Channels::Keys);
+            let gates = cut(gates, 3, gates.rank() == 4 && op.gated == side)?;
+            let initial = initial.map(|s| cut(s, if side == Channels::Keys { 2 } else { 3 }, true)).transpose()?;
+            let v = cut(v, 3, side == Channels::Values)?;
+            let (y, last) = forward(op, &keys(q)?, &keys(k)?, &v, &gates, initial.as_ref(), bounds)?;
+            results.push(y);
+            states.push(last);
+        }
+        return match side {
+            Channels::Values => Ok((Tensor::cat(&results, 3)?, Tensor::cat(&states, 3)?)),
+            Channels::Keys => {
+                let y = results[1..].iter().try_fold(results[0].clone(), |sum, part| sum + part)?;
+                Ok((y, Tensor::cat(&states, 2)?))
+            }
+        };
+    }
     let full = |n: usize| if n <= 64 { 64 } else { WIDEST };
     let (keys, values) = (full(key_dim), full(value_dim));
     if (keys, values) == (key_dim, value_dim) {
@@ -508,7 +534,7 @@ mod tests {
             for time in [1, 63, 64, 65, 1000] {
                 check(&format!("{place:?}, {time}"), &device, [1, time, 2, 128, 128], "randn", "usual", place);
             }
-            for (k, v) in [(64, 64), (64, 128), (128, 64), (80, 96), (6, 5)] {
+            for (k, v) in [(64, 64), (64, 128), (128, 64), (80, 96), (6, 5), (153, 64), (64, 256), (273, 256)] {
                 check(&format!("{place:?}, {k} x {v}"), &device, [2, 130, 3, k, v], "randn", "soft", place);
             }
             for kind in INPUTS {

@@ -100,6 +100,7 @@ impl GatedLinearAttn {
     /// The same with what weights sum to: `Σ a_ij v_j` [B, T, H, V] and `Σ a_ij` [B, T, H, 1],
     /// a_ij = scale e^{G_i - G_j} q_i·k_j. The count is one more column of the values, where it has no kernel of its own.
     pub fn counted(&self, q: &Tensor, k: &Tensor, v: &Tensor, gates: &Tensor) -> Result<(Tensor, Tensor)> {
+        let gates = &by_row(gates, q)?;
         #[cfg(feature = "cuda")]
         if self.exponents == Exponents::Pairwise && gpu::counts(self, q, v, gates) {
             let (y, count) = gpu::counted(self, q, k, v, gates)?;
@@ -144,7 +145,7 @@ impl GatedLinearAttn {
         let value_dim = v.dim(D::Minus1)?;
         let states = bounds.map_or(b, |b| b.len() - 1);
         let per_channel = gates.rank() == 4;
-        let gates = if gates.rank() == 1 { gates.reshape((1, 1, h))?.broadcast_as((b, t, h))? } else { gates.clone() };
+        let gates = by_row(gates, q)?;
         let channels = if self.gated == Channels::Keys { key_dim } else { value_dim };
         let wanted = if per_channel { vec![b, t, h, channels] } else { vec![b, t, h] };
         if k.dims() != q.dims() || v.dims() != [b, t, h, value_dim] || gates.dims() != wanted {
@@ -292,6 +293,12 @@ impl GatedLinearAttn {
             None => Tensor::zeros((q.dim(0)?, q.dim(2)?, q.dim(3)?, v.dim(3)?), dtype, q.device()),
         }
     }
+}
+
+/// Constant gates `[H]` as those of every row of `q`, [B, T, H]; others as they are.
+fn by_row(gates: &Tensor, q: &Tensor) -> Result<Tensor> {
+    let (b, t, h, _) = q.dims4()?;
+    if gates.rank() == 1 { gates.reshape((1, 1, h))?.broadcast_as((b, t, h)) } else { Ok(gates.clone()) }
 }
 
 #[cfg(test)]

@@ -467,6 +467,25 @@ mod tests {
         Ok(())
     }
 
+    /// Shapes without a kernel of the whole: a cap, wide heads, many features.
+    #[test]
+    fn branches_equal_plain() -> Result<()> {
+        for (time, dim, width, softcap) in
+            [(1, 64, 153, None), (200, 64, 153, None), (130, 256, 128, None), (200, 128, 128, Some(5.0))]
+        {
+            for affine in [false, true] {
+                let op = HybridAttn { heads: 4, kv_heads: 2, window: Window::Sliding(64), affine, softcap };
+                let phi = (input("randn", &[2, time, 8, width], 2).abs()? * 0.01)?;
+                let x = [input("randn", &[2, time, 8, dim], 1), phi, input("randn", &[4], 3)];
+                compare(&format!("{time}, {dim}, {width}, affine {affine}"), &x, |x, kernel| match kernel {
+                    true => op.forward(&x[0], &x[1], &x[2]),
+                    false => Ok(op.parallel(&x[0], &x[1], &x[2])?.0),
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     #[test]
     fn fused_maps_equal_plain() -> Result<()> {
         use super::super::Window::*;

@@ -24,7 +24,15 @@ mod cuda;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 
 use super::cpu::{elements, with};
+#[cfg(any(feature = "cuda", test))]
+use super::gated_linear_attn::GatedLinearAttn;
 use super::loss::{mse, with_gradient};
+#[cfg(any(feature = "cuda", test))]
+use super::mix::mix;
+#[cfg(any(feature = "cuda", test))]
+use super::shares::{Row, shares};
+#[cfg(any(feature = "cuda", test))]
+use super::softmax_attn::SoftmaxAttn;
 use super::softmax_attn::{bend, repeat_kv};
 pub(super) use cpu::{Core, Upstream};
 
@@ -91,8 +99,16 @@ impl HybridAttn {
     /// Linear-time form with gradients to all three tensors.
     pub fn forward(&self, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let Some(y) = self.on_gpu(qkv, features, factors)? {
-            return Ok(y);
+        {
+            if let Some(y) = self.on_gpu(qkv, features, factors)? {
+                return Ok(y);
+            }
+            if let Window::Sliding(size @ 1..) = self.window
+                && super::cuda::ready(qkv)
+                && qkv.dtype() == DType::BF16
+            {
+                return self.by_branches(size, qkv, features, factors);
+            }
         }
         if !self.is_fast(qkv) {
             return match qkv.dtype() != DType::F64 && self.window.rows() < qkv.dim(1)? / 2 {
@@ -274,6 +290,27 @@ impl HybridAttn {
         y.transpose(1, 2)?.contiguous()?.to_dtype(qkv.dtype())
     }
 
+    /// The same with a sliding window of `size` keys, each branch by its own op: where kernels of the whole do not serve,
+    /// as with a cap, wide heads or many features.
+    #[cfg(any(feature = "cuda", test))]
+    fn by_branches(&self, size: usize, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Tensor> {
+        let (batch, time, _, dim) = qkv.dims4()?;
+        let (h, g) = (self.heads, self.kv_heads);
+        let softmax = SoftmaxAttn { heads: h, kv_heads: g, window: Some(size), softcap: self.softcap };
+        let (near, top, mass) = softmax.forward_with_mass(qkv)?;
+        // A key joins the linear branch when it leaves the window.
+        let left = |x: &Tensor| x.pad_with_zeros(1, size, 0)?.narrow(1, 0, time);
+        let v = left(&qkv.narrow(2, h + g, g)?)?.unsqueeze(3)?.broadcast_as((batch, time, g, h / g, dim))?;
+        let (q, k) = (features.narrow(2, 0, h)?, left(&features.narrow(2, h, h)?)?);
+        let open = Tensor::zeros(h, super::wide(qkv.dtype()), qkv.device())?;
+        let v = v.reshape((batch, time, h, dim))?;
+        let (far, count) = GatedLinearAttn::UNSCALED.counted(&q, &k, &v, &open)?;
+        let count = count.to_dtype(mass.dtype())?.squeeze(3)?;
+        let factors = factors.to_dtype(mass.dtype())?;
+        let weights = shares(Row { top: &top, mass: &mass }, &count, &factors, None, self.affine)?;
+        mix(&[&near, &far], &weights)
+    }
+
     /// The soft-cap.
     pub(crate) fn bend(&self, scores: Tensor) -> Result<Tensor> {
         self.softcap.map_or(Ok(scores.clone()), |cap| bend(&scores, f64::from(cap)))
@@ -385,6 +422,21 @@ mod tests {
     fn fast_equals_plain() {
         // Without a window no factor acts, and candle reports that as a zero gradient.
         cases(|what, op, x| check(what, &x, 5e-5, |x| op.forward(&x[0], &x[1], &x[2])));
+    }
+
+    /// The form of two ops in f32 against the definition in f64.
+    #[test]
+    fn branches_equal_plain() {
+        cases(|what, op, x| {
+            let Window::Sliding(size @ 1..) = op.window else { return };
+            if x[0].dim(1).unwrap() < 64 {
+                return;
+            }
+            check(what, &x, 5e-5, |x| match x[0].dtype() {
+                DType::F64 => Ok(op.parallel(&x[0], &x[1], &x[2])?.0),
+                _ => op.by_branches(size, &x[0], &x[1], &x[2]),
+            });
+        });
     }
 
     #[test]
