@@ -58,7 +58,7 @@ pub struct Eval {
     /// Field of JSONL and Parquet rows that holds the text
     #[arg(long, value_name = "NAME", default_value = "text")]
     field: String,
-    /// Whether BOS begins each document; auto does what the tokenizer does
+    /// Whether BOS begins each document of `--data`; auto does what the tokenizer does, as all prompts here do
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     bos: When,
     /// Whether EOS ends each document; auto adds it where no BOS separates documents

@@ -160,6 +160,7 @@ impl Plan {
         let recipe = &loaded.recipe.within(a.max_positions);
         let refuse = |text: String| {
             Error::new(Kind::Recipe, format!("recipe `{}` does not fit `{}`: {text}", loaded.origin, headers.source.id))
+                .hint("`margay inspect` shows the model's layers and sizes, `margay recipe list --model` what fits it")
         };
         let converted = recipe.converted(a).map_err(refuse)?;
         let design = recipe.mixer.design();
@@ -370,7 +371,9 @@ fn source_tensor(
         Some(Claim::Dropped) => (Fate::Dropped, Some("a buffer that is recomputed".into())),
         None => {
             let message = format!("`{name}` in `{}` was claimed by nothing", headers.source.id);
-            return Err(Error::new(Kind::Checkpoint, message));
+            let hint =
+                "its family has no such tensor: is `model_type` right? One that belongs to no model can be removed";
+            return Err(Error::new(Kind::Checkpoint, message).hint(hint));
         }
     };
     if fate != Fate::Dropped && !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {

@@ -164,11 +164,11 @@ struct Delta {
 impl Delta {
     /// Convolution `which` and silu of `x` [B, T, heads, D].
     fn prepare(&self, x: &Tensor, which: usize, silu: bool, pass: &mut Pass) -> Result<Tensor> {
-        let x = match &self.convs[which] {
-            Some(conv) => conv.apply(x, pass)?,
-            None => x.clone(),
-        };
-        if silu { x.contiguous()?.silu() } else { Ok(x) }
+        match &self.convs[which] {
+            Some(conv) => conv.apply(x, silu, pass),
+            None if silu => x.contiguous()?.silu(),
+            None => Ok(x.clone()),
+        }
     }
 }
 

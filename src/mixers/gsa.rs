@@ -21,13 +21,13 @@ use super::parts::beside::Beside;
 use super::parts::gate::{Decays, Gate, GateKind};
 use super::parts::maps::{FeatureMap, Form, Maps};
 use super::parts::output::{Finish, Output, OutputGate};
-use super::pass::{Pass, wide_of};
+use super::pass::Pass;
 use super::{Design, Heads, Mixer, MixerDef, Spec};
 use crate::families::Architecture;
 #[cfg(feature = "cuda")]
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gated_linear_attn::{Channels, GatedLinearAttn};
-use crate::ops::softmax_attn::softmax;
+use crate::ops::softmax::softmax;
 use crate::params::Param;
 
 pub const DEF: MixerDef = MixerDef {
@@ -167,7 +167,7 @@ impl Linear for Gsa {
         let written = (1.0 - gates.exp()?)?.to_dtype(v.dtype())?;
         let first = GatedLinearAttn { scale: self.scale, gated: Channels::Values, ..GatedLinearAttn::UNSCALED };
         let logits = pass.gated("slot_keys", first, [&q, &k, &written], &gates)?;
-        let read = softmax(&wide_of(&logits)?)?.to_dtype(v.dtype())?;
+        let read = softmax(&logits)?.to_dtype(v.dtype())?;
         let second = GatedLinearAttn::UNSCALED;
         pass.gated("slot_values", second, [&read, &written, v], &gates)
     }

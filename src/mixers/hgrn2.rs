@@ -28,7 +28,7 @@ use crate::families::Architecture;
 use crate::ops::decode::linear::{self as fixed, Frame, Reads};
 use crate::ops::gate::{Curve, Gate, sigmoid};
 use crate::ops::gated_linear_attn::GatedLinearAttn;
-use crate::ops::softmax_attn::softmax;
+use crate::ops::softmax::softmax;
 use crate::params::{Init, Param, named};
 
 pub const DEF: MixerDef = MixerDef {
@@ -174,10 +174,10 @@ impl Hgrn2 {
 
 impl Linear for Hgrn2 {
     fn mix(&self, x: &Heads, v: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let queries = wide_of(&x.queries()?)?;
+        let queries = x.queries()?;
         let q = match self.query_map {
             QueryMap::Softmax => softmax(&queries)?,
-            QueryMap::Silu => queries.silu()?,
+            QueryMap::Silu => wide_of(&queries)?.silu()?,
         };
         let (gates, k) = self.gates(x)?;
         let like = |t: &Tensor| t.to_dtype(v.dtype());

@@ -154,7 +154,7 @@ struct Lawcat {
 impl Lawcat {
     /// Convolution `which` of `x` [B, T, H, D].
     fn filter(&self, which: usize, x: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        self.convs[which].as_ref().map_or_else(|| Ok(x.clone()), |conv| conv.apply(x, pass))
+        self.convs[which].as_ref().map_or_else(|| Ok(x.clone()), |conv| conv.apply(x, false, pass))
     }
 }
 

@@ -182,9 +182,10 @@ struct Mamba2 {
 impl Mamba2 {
     /// Convolution `which` and silu of `x` [B, T, heads, D].
     fn prepare(&self, x: &Tensor, which: usize, pass: &mut Pass) -> Result<Tensor> {
-        let Some(conv) = &self.convs[which] else { return Ok(x.clone()) };
-        let x = conv.apply(x, pass)?;
-        if self.config.silu { x.silu() } else { Ok(x) }
+        match &self.convs[which] {
+            Some(conv) => conv.apply(x, self.config.silu, pass),
+            None => Ok(x.clone()),
+        }
     }
 
     /// softplus(W x + b): step sizes [B, T, H], or what σ of its negative keeps.

@@ -59,7 +59,7 @@ impl Curve {
 
     /// f(z) and f'(z).
     #[inline(always)]
-    fn at(self, z: f32) -> (f32, f32) {
+    pub(super) fn at(self, z: f32) -> (f32, f32) {
         // Of |z| only, so that nothing overflows and nothing cancels.
         let small = cpu::exp(-z.abs());
         let (near, far) = (1.0 / (1.0 + small), small / (1.0 + small));

@@ -32,6 +32,8 @@ pub mod project;
 pub mod rms_norm;
 pub mod rope;
 pub mod shares;
+pub mod short_conv;
+pub mod softmax;
 pub mod softmax_attn;
 
 use candle_core::{DType, Device, Result, Tensor};

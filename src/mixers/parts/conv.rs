@@ -1,14 +1,10 @@
-//! Short causal convolution, one filter per channel: local position where there is no rotation.
-//!
-//! ```text
-//! y_t[c] = Σ_s w[c, s] x_{t - (n - 1) + s}[c]          the last tap is the token itself
-//! ```
+//! Short causal convolution, one filter per channel ([`crate::ops::short_conv`]): local position where there is no rotation.
 
 use candle_core::{Result, Tensor};
 
 use crate::mixers::Spec;
-use crate::mixers::linear::cast;
 use crate::mixers::pass::Pass;
+use crate::ops::short_conv;
 use crate::params::{Init, Param, named};
 
 /// A convolution with its filters.
@@ -35,19 +31,11 @@ impl ShortConv {
         (&self.weight.var, self.rows)
     }
 
-    /// Of `x` [B, T, heads, D].
-    pub fn apply(&self, x: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let (_, time, heads, dim) = x.dims4()?;
-        let weight = cast(&self.weight, x)?;
-        let taps = weight.dim(2)?;
-        let rows = pass.behind(self.rows, x, taps - 1)?; // [B, taps - 1 + T, heads, D]
-        let mut y: Option<Tensor> = None;
-        for tap in 0..taps {
-            let filter = weight.narrow(2, tap, 1)?.reshape((1, 1, heads, dim))?;
-            let part = rows.narrow(1, tap, time)?.broadcast_mul(&filter)?;
-            y = Some(y.map_or(Ok(part.clone()), |y| y + part)?);
-        }
-        y.map_or_else(|| Ok(x.clone()), Ok)
+    /// Of `x` [B, T, heads, D], and behind it silu where asked.
+    pub fn apply(&self, x: &Tensor, silu: bool, pass: &mut Pass) -> Result<Tensor> {
+        let weight = &self.weight.var;
+        let rows = pass.behind(self.rows, x, weight.dim(2)? - 1)?; // [B, taps - 1 + T, heads, D]
+        short_conv::ShortConv { silu }.forward(&rows, weight)
     }
 
     /// Bytes of the rows it holds, `element` bytes a value.

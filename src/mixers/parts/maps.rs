@@ -9,7 +9,7 @@ use crate::families::Architecture;
 use crate::mixers::Spec;
 use crate::mixers::pass::wide_of;
 use crate::ops::feature_map;
-use crate::ops::softmax_attn::softmax;
+use crate::ops::softmax::softmax;
 use crate::params::{Init, Param, named};
 
 use super::principal::directions;
@@ -275,7 +275,7 @@ impl Maps {
             let index = Tensor::from_iter(sources.iter().map(|s| *s as u32), packed.device())?;
             let heads = packed.contiguous()?.index_select(&index, 2)?;
             return match self.form.kind {
-                FeatureMap::Softmax => softmax(&wide_of(&heads)?)?.to_dtype(heads.dtype()),
+                FeatureMap::Softmax => softmax(&heads),
                 FeatureMap::Silu => heads.silu(),
                 FeatureMap::Elu => heads.elu(1.0)? + 1.0,
                 _ => Ok(heads),

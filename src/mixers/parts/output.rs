@@ -1,14 +1,16 @@
 //! What stands between a recurrence and `o_proj`: a norm per head and a gate read off the layer's input.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::families::Architecture;
-use crate::mixers::linear::{cast, project};
+use crate::mixers::linear::project;
 use crate::mixers::pass::wide_of;
 use crate::mixers::{Heads, Spec};
 use crate::ops::gate::{Curve, Gate};
+use crate::ops::rms_norm::rms_norm;
+use crate::ops::wide;
 use crate::params::{Init, Param, named};
 
 /// Norm and gate of the output.
@@ -101,19 +103,21 @@ impl Finish {
     /// Of `y` [B, T, H, D] for the layer input of `x`.
     pub fn apply(&self, y: Tensor, x: &Heads) -> Result<Tensor> {
         let (b, t, h, d) = y.dims4()?;
-        let mut out = y;
-        if let Some(weight) = &self.norm {
-            let y = wide_of(&out)?;
-            let size = (y.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?;
-            let weight = cast(weight, &y)?.reshape((1, 1, h, d))?;
-            out = y.broadcast_div(&size)?.broadcast_mul(&weight)?.to_dtype(out.dtype())?;
-        }
-        if let Some((weight, bias)) = &self.gate {
-            let curve = if self.kind == OutputGate::Silu { Curve::Silu } else { Curve::Sigmoid };
-            let logits = project(&x.x, weight)?.reshape((b, t, h, d))?;
-            let gate = Gate::of(curve).forward(&logits, Some(&bias.var), None)?;
-            out = (&out * gate.to_dtype(out.dtype())?)?;
-        }
-        Ok(out)
+        let out = match &self.norm {
+            Some(_) => rms_norm(&y, &Tensor::ones(d, wide(y.dtype()), y.device())?, self.eps)?,
+            None => y,
+        };
+        // The norm's weight of every head and channel, [H D], is a factor of the gate.
+        let weight = self.norm.as_ref().map(|w| w.var.flatten_all()?.to_dtype(wide(out.dtype()))).transpose()?;
+        let factor = match (&self.gate, weight) {
+            (Some((weight, bias)), norm) => {
+                let curve = if self.kind == OutputGate::Silu { Curve::Silu } else { Curve::Sigmoid };
+                let logits = project(&x.x, weight)?.reshape((b, t, h, d))?;
+                Gate::of(curve).forward(&logits, Some(&bias.var), norm.as_ref())?
+            }
+            (None, Some(norm)) => norm.reshape((1, 1, h, d))?,
+            (None, None) => return Ok(out),
+        };
+        wide_of(&out)?.broadcast_mul(&factor)?.to_dtype(out.dtype())
     }
 }
