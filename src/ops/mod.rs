@@ -35,6 +35,7 @@ pub mod shares;
 pub mod short_conv;
 pub mod softmax;
 pub mod softmax_attn;
+pub mod taylor;
 
 use candle_core::{DType, Device, Result, Tensor};
 

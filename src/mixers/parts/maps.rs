@@ -10,6 +10,7 @@ use crate::mixers::Spec;
 use crate::mixers::pass::wide_of;
 use crate::ops::feature_map;
 use crate::ops::softmax::softmax;
+use crate::ops::taylor;
 use crate::params::{Init, Param, named};
 
 use super::principal::directions;
@@ -107,7 +108,7 @@ impl Form {
             FeatureMap::SoftmaxDim | FeatureMap::ExpDim | FeatureMap::Exp => 2 * self.cols,
             FeatureMap::Relu => self.cols,
             FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => self.cols,
-            FeatureMap::Taylor => 1 + self.cols + self.cols * (self.cols + 1) / 2,
+            FeatureMap::Taylor => taylor::width(self.cols),
         }
     }
 
@@ -293,7 +294,7 @@ impl Maps {
             FeatureMap::ExpDim => feature_map::Activation::ExpDim,
             FeatureMap::Relu => feature_map::Activation::Relu,
             FeatureMap::Exp => return exponentials(&projected(packed, sources, &weight, &bias)?),
-            FeatureMap::Taylor => return taylor(&projected(packed, sources, &weight, &bias)?),
+            FeatureMap::Taylor => return taylor::taylor(&projected(packed, sources, &weight, &bias)?),
             FeatureMap::Elu | FeatureMap::Softmax | FeatureMap::Identity | FeatureMap::Silu => {
                 candle_core::bail!("a map without weights has none")
             }
@@ -340,23 +341,4 @@ fn projected(packed: &Tensor, sources: &[usize], weight: &Tensor, bias: &Tensor)
 fn exponentials(u: &Tensor) -> Result<Tensor> {
     let wide = wide_of(u)?;
     Tensor::cat(&[&wide, &wide.neg()?], 3)?.exp()?.maximum(1e-12)?.to_dtype(u.dtype())
-}
-
-/// The second-order Taylor map of `u` [B, T, H, C] (arXiv 2402.18668), the upper triangle only:
-/// [B, T, H, 1 + C + C (C + 1) / 2]. Pairs are picked by products with matrices of zeros and ones.
-fn taylor(u: &Tensor) -> Result<Tensor> {
-    let (b, t, h, c) = u.dims4()?;
-    let root = (c as f64).sqrt();
-    let pairs: Vec<(usize, usize)> = (0..c).flat_map(|i| (i..c).map(move |j| (i, j))).collect();
-    let weight = |(i, j): (usize, usize)| if i == j { 0.5f64.sqrt() / root } else { 1.0 / root };
-    let pick = |cell: &dyn Fn(usize, (usize, usize)) -> f64| {
-        let cells = (0..c).flat_map(|row| pairs.iter().map(move |pair| cell(row, *pair)));
-        Tensor::from_iter(cells.collect::<Vec<_>>(), u.device())?.reshape((c, pairs.len()))?.to_dtype(u.dtype())
-    };
-    let rows = u.contiguous()?.reshape((b * t * h, c))?;
-    let left = rows.matmul(&pick(&|row, pair| if pair.0 == row { weight(pair) } else { 0.0 })?)?;
-    let right = rows.matmul(&pick(&|row, pair| (pair.1 == row) as u8 as f64)?)?;
-    let first = rows.narrow(1, 0, 1)?.ones_like()?;
-    let all = Tensor::cat(&[first, (rows / root.sqrt())?, (left * right)?], 1)?;
-    all.reshape((b, t, h, 1 + c + pairs.len()))
 }
