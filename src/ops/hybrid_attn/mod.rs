@@ -17,6 +17,8 @@
 //! The fast forms walk chunks of rows with the state S = Σ φk_j [v_j, 1] of all keys before the chunk's reach, so
 //! their cost is linear in T: `cpu.rs`. What they do not serve, such as a cap, is plain tensor operations over such chunks.
 
+#[cfg(any(feature = "cuda", test))]
+mod branches;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -24,15 +26,7 @@ mod cuda;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 
 use super::cpu::{elements, with};
-#[cfg(any(feature = "cuda", test))]
-use super::gated_linear_attn::GatedLinearAttn;
 use super::loss::{mse, with_gradient};
-#[cfg(any(feature = "cuda", test))]
-use super::mix::mix;
-#[cfg(any(feature = "cuda", test))]
-use super::shares::{Row, shares};
-#[cfg(any(feature = "cuda", test))]
-use super::softmax_attn::SoftmaxAttn;
 use super::softmax_attn::{bend, repeat_kv};
 pub(super) use cpu::{Core, Upstream};
 
@@ -288,27 +282,6 @@ impl HybridAttn {
         let y = sums.narrow(3, 0, dim)?.broadcast_div(&sums.narrow(3, dim, 1)?.maximum(MIN_DENOMINATOR)?)?;
         let y = y.reshape((batch, h, chunks * rows, dim))?.narrow(2, 0, time)?;
         y.transpose(1, 2)?.contiguous()?.to_dtype(qkv.dtype())
-    }
-
-    /// The same with a sliding window of `size` keys, each branch by its own op: where kernels of the whole do not serve,
-    /// as with a cap, wide heads or many features.
-    #[cfg(any(feature = "cuda", test))]
-    fn by_branches(&self, size: usize, qkv: &Tensor, features: &Tensor, factors: &Tensor) -> Result<Tensor> {
-        let (batch, time, _, dim) = qkv.dims4()?;
-        let (h, g) = (self.heads, self.kv_heads);
-        let softmax = SoftmaxAttn { heads: h, kv_heads: g, window: Some(size), softcap: self.softcap };
-        let (near, top, mass) = softmax.forward_with_mass(qkv)?;
-        // A key joins the linear branch when it leaves the window.
-        let left = |x: &Tensor| x.pad_with_zeros(1, size, 0)?.narrow(1, 0, time);
-        let v = left(&qkv.narrow(2, h + g, g)?)?.unsqueeze(3)?.broadcast_as((batch, time, g, h / g, dim))?;
-        let (q, k) = (features.narrow(2, 0, h)?, left(&features.narrow(2, h, h)?)?);
-        let open = Tensor::zeros(h, super::wide(qkv.dtype()), qkv.device())?;
-        let v = v.reshape((batch, time, h, dim))?;
-        let (far, count) = GatedLinearAttn::UNSCALED.counted(&q, &k, &v, &open)?;
-        let count = count.to_dtype(mass.dtype())?.squeeze(3)?;
-        let factors = factors.to_dtype(mass.dtype())?;
-        let weights = shares(Row { top: &top, mass: &mass }, &count, &factors, None, self.affine)?;
-        mix(&[&near, &far], &weights)
     }
 
     /// The soft-cap.
