@@ -105,13 +105,10 @@ __device__ __forceinline__ void bulk_store_done() { asm volatile("cp.async.bulk.
 __device__ __forceinline__ void count_set(int* count, int value) {
     asm volatile("fence.proxy.async;\nst.release.gpu.global.s32 [%0], %1;\n" ::"l"(count), "r"(value) : "memory");
 }
-__device__ __forceinline__ int count_seen(const int* count) {
+__device__ __forceinline__ bool count_reached(const int* count, int least) {
     int seen;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(count) : "memory");
-    return seen;
-}
-__device__ __forceinline__ bool count_reached(const int* count, int least) {
-    if (count_seen(count) < least) return false;
+    if (seen < least) return false;
     asm volatile("fence.proxy.async;\n" ::: "memory");
     return true;
 }

@@ -868,7 +868,7 @@ __global__ void __launch_bounds__(384, 1)
                     // The next place before this result comes. Where a sum is not there yet, this result goes first: others wait for it.
                     const bool sum_next = completes(i + 1, next);
                     const int64_t next_half = half_at(next);
-                    bool late = sum_next && !count_reached(partials.counts + next_half, turn.before(p, next.tile));
+                    const bool late = sum_next && !count_reached(partials.counts + next_half, turn.before(p, next.tile));
                     if (sum_next && !late) offer_sum(i + 1, next_half);
                     if (!sum_next && i + 1 < total + 2) offer_empty(i + 1);
 
